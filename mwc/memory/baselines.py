@@ -1,0 +1,357 @@
+"""The best that `jax.checkpoint` does with a function in which nothing is marked.
+
+The user's function is traced once and evaluated in pieces under `jax.checkpoint`:
+
+- *one level*: contiguous segments of equations; a long scan becomes a scan over
+  segments of its trips, each a checkpointed scan, or a scan whose body is
+  checkpointed, whichever is smaller.
+- *two levels*: the same within each segment of a coarser cut; in a long scan the body
+  of the inner scan is checkpointed as well.
+
+What is searched: the bytes made within a segment, which fixes where the cuts are
+(`mwc.memory.segments`), and the length of a scan's segments. Both start at the value
+that the byte counts favour and go to the neighbouring one while the compiled temporary
+bytes fall, for at most `tries` compilations a level. A person who places
+checkpoints by hand may find something better in a program of several unlike parts.
+
+Limits: a scan inside a scan's body is not cut; `while` and `cond` are one equation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mwc.memory import segments
+from passes import _jax
+from passes.graph import Graph, is_var
+from passes.inline import inline
+
+Array = Any
+Flat = Callable[..., list[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to place checkpoints.
+
+    Attributes:
+      outer: positions of the cuts, the two ends included.
+      inner: the finer cuts of two levels; equal to `outer` for one.
+      trips: for each long scan, the trips of a segment; 1 checkpoints the body alone.
+      levels: 1 or 2.
+    """
+
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+    trips: tuple[int, ...]
+    levels: int
+
+    def __str__(self) -> str:
+        parts = []
+        if len(self.outer) > 2 or not self.trips:
+            parts.append(f"{len(self.outer) - 1} segments")
+        if self.levels == 2 and len(self.inner) > len(self.outer):
+            parts.append(f"{len(self.inner) - 1} within them")
+        if self.trips:
+            parts.append("scans by " + ", ".join(map(str, self.trips)))
+        return "; ".join(parts)
+
+
+class Checkpointed:
+    """The checkpointed forms of one traced function.
+
+    Args:
+      fun: the undecorated function, from flat arrays to a list of flat arrays.
+      specs: its arguments' `ShapeDtypeStruct`s.
+    """
+
+    def __init__(self, fun: Flat, specs: Sequence[Any]):
+        inner, self._consts = _jax.opened(jax.make_jaxpr(fun)(*specs))
+        invars = [*inner.constvars, *inner.invars]
+        graph = inline(_jax.closed(invars, list(inner.outvars), list(inner.eqns)))
+        self._graph: Graph = graph
+        self._costs = segments.costs(graph)
+
+    def fun(self, layout: Layout) -> Flat:
+        """The function with its checkpoints placed."""
+
+        def checkpointed(*args: Array) -> list[Array]:
+            values = [*self._consts, *args]
+            env = dict(zip(self._graph.invars, values, strict=True))
+            coarse = zip(layout.outer, layout.outer[1:], strict=False)
+            for start, stop in coarse:
+                self._segment(layout, start, stop, env)
+            return [_read(env, v) for v in self._graph.outvars]
+
+        return checkpointed
+
+    def layouts(self, levels: int) -> tuple[list[list[Layout]], tuple[int, int]]:
+        """The layouts to search, a grid of (cut, scan) settings, and where to start."""
+        cuts = _distinct(self._cuts(levels))
+        scans = _distinct(self._trips(levels))
+        grid = [[Layout(*c, t, levels) for t in scans] for c in cuts]
+        value = functools.partial(self._predicted_cuts, levels)
+        start = min(range(len(cuts)), key=lambda i: value(*cuts[i]))
+        loops = [self._predicted_trips(levels, t) for t in scans]
+        return grid, (start, loops.index(min(loops)))
+
+    def _cuts(self, levels: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Outer and inner cuts, coarsest first."""
+        known, total = self._costs, self._costs.made[-1]
+        # Ten per cent of slack: equal blocks must not miss the bound by their rims.
+        if levels == 1:
+            found = [segments.cut(known, 1.1 * total / k) for k in _counts(1, 256)]
+            return [(c, c) for c in found]
+        fine = _distinct(
+            [segments.cut(known, 1.1 * total / k) for k in _counts(2, 1024)]
+        )
+        value = functools.partial(self._predicted_cuts, levels)
+        pairs = []
+        for groups in _counts(2, 32):
+            bound = 1.1 * total / groups
+            nested = [(segments.cut(known, bound, inner), inner) for inner in fine]
+            pairs.append(min(nested, key=lambda pair: value(*pair)))
+        return pairs
+
+    def _predicted_cuts(
+        self, levels: int, outer: tuple[int, ...], inner: tuple[int, ...]
+    ) -> int:
+        known = self._costs
+        if levels == 1:
+            return segments.predicted(known, outer)
+        kept = sum(known.crossing[p] for p in outer[1:-1])
+        groups = zip(outer, outer[1:], strict=False)
+        worst = [
+            segments.predicted(known, [p for p in inner if start <= p <= stop])
+            for start, stop in groups
+        ]
+        return kept + max(worst, default=0)
+
+    def _trips(self, levels: int) -> list[tuple[int, ...]]:
+        loops = self._costs.loops
+        if not loops:
+            return [()]
+        scales = [2 ** (e / 2) for e in range(-6, 7)]
+        found = [
+            tuple(_segment_trips(loop, levels, scale) for loop in loops)
+            for scale in scales
+        ]
+        ones = [tuple(1 for _ in loops)] if levels == 1 else []
+        return [*ones, *found]
+
+    def _predicted_trips(self, levels: int, trips: tuple[int, ...]) -> float:
+        pairs = zip(self._costs.loops, trips, strict=True)
+        return sum(_predicted_loop(loop, levels, s) for loop, s in pairs)
+
+    def _segment(
+        self, layout: Layout, start: int, stop: int, env: dict[Any, Array]
+    ) -> None:
+        """Evaluates the equations of one segment under a checkpoint."""
+        loops = {loop.index: s for loop, s in self._loops(layout)}
+        eqns = self._graph.eqns[start:stop]
+        if stop - start == 1 and start in loops:
+            operands = [_read(env, v) for v in eqns[0].invars]
+            out = nested_scan(eqns[0], operands, loops[start], layout.levels)
+            env.update(zip(eqns[0].outvars, out, strict=True))
+            return
+        reads, writes = self._interface(start, stop)
+
+        def run(*values: Array) -> list[Array]:
+            local = dict(zip(reads, values, strict=True))
+            for low, high in _nested(layout, start, stop):
+                if (low, high) == (start, stop):
+                    _evaluate(eqns, local)
+                else:
+                    self._segment(_flat(layout), low, high, local)
+            return [local[v] for v in writes]
+
+        out = jax.checkpoint(run)(*(env[v] for v in reads))
+        env.update(zip(writes, out, strict=True))
+
+    def _loops(self, layout: Layout) -> Sequence[tuple[segments.Loop, int]]:
+        return list(zip(self._costs.loops, layout.trips, strict=True))
+
+    def _interface(self, start: int, stop: int) -> tuple[list[Any], list[Any]]:
+        """The variables that a segment reads from outside and others read from it."""
+        graph = self._graph
+        made = [v for eqn in graph.eqns[start:stop] for v in eqn.outvars]
+        own = set(made)
+        read = [v for eqn in graph.eqns[start:stop] for v in eqn.invars if is_var(v)]
+        reads = list(dict.fromkeys(v for v in read if v not in own))
+        last = self._last_use
+        writes = [v for v in made if last.get(v, -1) >= stop]
+        return reads, writes
+
+    @functools.cached_property
+    def _last_use(self) -> dict[Any, int]:
+        graph = self._graph
+        last: dict[Any, int] = {}
+        for i, eqn in enumerate(graph.eqns):
+            last.update((v, i) for v in eqn.invars if is_var(v))
+        last.update((v, len(graph.eqns)) for v in graph.outvars if is_var(v))
+        return last
+
+
+def search(
+    form: Checkpointed,
+    levels: int,
+    compiled: Callable[[Flat], dict[str, Any]],
+    tries: int = 6,
+) -> tuple[Layout, dict[str, Any]]:
+    """The layout with the smallest compiled temporary bytes.
+
+    Args:
+      form: the function.
+      levels: 1 or 2.
+      compiled: compiles the gradient of a checkpointed form; gives its figures.
+      tries: most compilations.
+
+    Returns:
+      The layout and its figures.
+    """
+    grid, place = form.layouts(levels)
+    seen: dict[Layout, dict[str, Any]] = {}
+
+    def temp(at: tuple[int, int]) -> float:
+        layout = grid[at[0]][at[1]]
+        if layout not in seen:
+            if len(seen) >= tries:
+                return math.inf
+            seen[layout] = compiled(form.fun(layout))
+        return seen[layout]["temp_bytes"]
+
+    moves = ((0, -1), (0, 1), (-1, 0), (1, 0))
+    best, moved = temp(place), True
+    while moved:
+        moved = False
+        for move in moves:
+            at = (place[0] + move[0], place[1] + move[1])
+            if not (0 <= at[0] < len(grid) and 0 <= at[1] < len(grid[0])):
+                continue
+            if temp(at) < best:
+                best, place, moved = temp(at), at, True
+                break
+    layout = grid[place[0]][place[1]]
+    return layout, seen[layout]
+
+
+def nested_scan(
+    eqn: Any, operands: Sequence[Array], trips: int, levels: int
+) -> list[Array]:
+    """A scan over segments of `trips` trips, each a checkpointed scan.
+
+    Trips that fill no segment are a checkpointed scan of their own. With one trip a
+    segment, the body is checkpointed and the loop is left as it is.
+
+    Args:
+      eqn: the scan's equation.
+      operands: its operands.
+      trips: trips of a segment.
+      levels: 2 checkpoints the body of the inner scan as well.
+
+    Returns:
+      What the scan returns.
+    """
+    n_consts, n_carry = _jax.scan_layout(eqn)
+    total, reverse = eqn.params["length"], eqn.params["reverse"]
+    body, body_consts = _jax.opened(eqn.params["jaxpr"])
+    consts = list(operands[:n_consts])
+    carry = list(operands[n_consts : n_consts + n_carry])
+    xs = list(operands[n_consts + n_carry :])
+
+    def step(carry: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
+        env = dict(zip(body.constvars, body_consts, strict=True))
+        env.update(zip(body.invars, [*consts, *carry, *xs], strict=True))
+        _evaluate(body.eqns, env)
+        out = [_read(env, v) for v in body.outvars]
+        return out[:n_carry], out[n_carry:]
+
+    # Inside a loop nothing can be merged with the first pass.
+    remat = functools.partial(jax.checkpoint, prevent_cse=False)
+    if trips == 1:
+        carry, ys = lax.scan(remat(step), carry, xs, length=total, reverse=reverse)
+        return [*carry, *ys]
+    inner_step = remat(step) if levels == 2 else step
+
+    def run(carry: list[Array], xs: list[Array], length: int) -> Any:
+        return lax.scan(inner_step, carry, xs, length=length, reverse=reverse)
+
+    whole, rest = divmod(total, trips)
+    head = [x[: whole * trips].reshape(whole, trips, *x.shape[1:]) for x in xs]
+    tail = [x[whole * trips :] for x in xs]
+    parts: dict[str, list[Array]] = {}
+    for part in ("tail", "head") if reverse else ("head", "tail"):
+        if part == "head":
+            segment = remat(functools.partial(run, length=trips))
+            carry, ys = lax.scan(segment, carry, head, length=whole, reverse=reverse)
+            ys = [y.reshape(whole * trips, *y.shape[2:]) for y in ys]
+        elif rest:
+            carry, ys = jax.checkpoint(functools.partial(run, length=rest))(carry, tail)
+        else:
+            continue
+        parts[part] = ys
+    if rest:
+        ys = [
+            jnp.concatenate(p) for p in zip(parts["head"], parts["tail"], strict=True)
+        ]
+        return [*carry, *ys]
+    return [*carry, *parts["head"]]
+
+
+def _evaluate(eqns: Sequence[Any], env: dict[Any, Array]) -> None:
+    for eqn in eqns:
+        out = _jax.bind(eqn, [_read(env, v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, out, strict=True))
+
+
+def _read(env: dict[Any, Array], atom: Any) -> Array:
+    return env[atom] if is_var(atom) else atom.val
+
+
+def _nested(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
+    """The pieces of a segment: itself, or those of the finer cut."""
+    if layout.levels == 1:
+        return [(start, stop)]
+    points = [p for p in layout.inner if start <= p <= stop]
+    return list(zip(points, points[1:], strict=False))
+
+
+def _flat(layout: Layout) -> Layout:
+    return dataclasses.replace(layout, levels=1)
+
+
+def _counts(low: int, high: int) -> list[int]:
+    """Counts from low to high, about a factor of the square root of two apart."""
+    steps = math.ceil(2 * math.log2(high / low)) + 1
+    return sorted({min(high, round(low * 2 ** (e / 2))) for e in range(steps)})
+
+
+def _distinct(items: list[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def _predicted_loop(loop: segments.Loop, levels: int, trips: int) -> float:
+    kept = math.ceil(loop.trips / trips) * loop.carry
+    if trips == 1:
+        return kept + loop.body
+    if levels == 2:
+        return kept + trips * loop.carry + loop.body
+    return kept + trips * loop.body
+
+
+def _segment_trips(loop: segments.Loop, levels: int, scale: float) -> int:
+    """Trips of a segment near the best by byte count, a divisor where one is near."""
+    unit = loop.carry / loop.body if levels == 1 else 1.0
+    wish = scale * math.sqrt(loop.trips * max(unit, 1e-9))
+    wish = min(max(2, round(wish)), loop.trips // 2)
+    near = [s for s in range(2, loop.trips // 2 + 1) if 0.75 <= s / wish <= 1.34]
+    divisors = [s for s in near if loop.trips % s == 0]
+    return min(divisors or [wish], key=lambda s: abs(s - wish))

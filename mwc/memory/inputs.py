@@ -1,0 +1,98 @@
+"""Arguments of any structure as a flat list of arrays, and back.
+
+Leaves that have no array type (functions in an equinox module, strings) are static:
+they stay inside the function. Arrays are taken by shape and dtype alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mwc.errors import MoonwalkTypeError
+
+
+class FlatCall:
+    """One call of a function, flattened.
+
+    Args:
+      args: positional arguments: arrays, `ShapeDtypeStruct`s, or static leaves.
+      kwargs: keyword arguments.
+      argnums: the positional arguments to differentiate in.
+      has_aux: whether the function returns (loss, auxiliary results).
+
+    Attributes:
+      specs: the `ShapeDtypeStruct`s of the flat arrays.
+      wanted: which of them are differentiated in.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        argnums: int | Sequence[int],
+        has_aux: bool,
+    ):
+        positions = {argnums} if isinstance(argnums, int) else set(argnums)
+        for n in positions:
+            if not -len(args) <= n < len(args):
+                raise MoonwalkTypeError(
+                    f"argnums names argument {n}, and there are {len(args)}"
+                )
+        positions = {n % len(args) for n in positions}
+        paths, self._tree = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
+        self._leaves = [leaf for _, leaf in paths]
+        self._dynamic = [i for i, leaf in enumerate(self._leaves) if is_array(leaf)]
+        self._has_aux = has_aux
+        arrays = [self._leaves[i] for i in self._dynamic]
+        self.specs: list[Any] = list(jax.eval_shape(lambda xs: xs, arrays))
+        self.wanted = tuple(
+            n
+            for n, i in enumerate(self._dynamic)
+            if paths[i][0][0].idx == 0 and paths[i][0][1].idx in positions
+        )
+
+    def bind(self, fun: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """The function of the flat arrays: [loss, *auxiliary arrays]."""
+
+        @functools.wraps(fun, updated=())
+        def flat(*arrays: Any) -> list[Any]:
+            leaves = list(self._leaves)
+            for i, array in zip(self._dynamic, arrays, strict=True):
+                leaves[i] = array
+            args, kwargs = jax.tree.unflatten(self._tree, leaves)
+            out = fun(*args, **kwargs)
+            loss, aux = out if self._has_aux else (out, None)
+            return [loss, *filter(is_array, jax.tree.leaves(aux))]
+
+        return flat
+
+    def gradient(
+        self, flat: Callable[..., list[Any]], value: bool
+    ) -> Callable[..., list[Any]]:
+        """The program that is measured: gradients, auxiliary results and the value."""
+
+        def split(*arrays: Any) -> tuple[Any, list[Any]]:
+            loss, *aux = flat(*arrays)
+            return loss, aux
+
+        differentiated = jax.value_and_grad(split, argnums=self.wanted, has_aux=True)
+
+        def program(*arrays: Any) -> list[Any]:
+            (loss, aux), grads = differentiated(*arrays)
+            return [*([loss] if value else []), *aux, *grads]
+
+        return program
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether JAX would trace a leaf."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+        return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype.kind in "bV"
+    return isinstance(leaf, numbers.Number)
