@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,8 +87,7 @@ class Checkpointed:
         def checkpointed(*args: Array) -> list[Array]:
             values = [*self._consts, *args]
             env = dict(zip(self._graph.invars, values, strict=True))
-            coarse = zip(layout.outer, layout.outer[1:], strict=False)
-            for start, stop in coarse:
+            for start, stop in itertools.pairwise(layout.outer):
                 self._segment(layout, start, stop, env)
             return [_read(env, v) for v in self._graph.outvars]
 
@@ -97,7 +97,7 @@ class Checkpointed:
         """The layouts to search, a grid of (cut, scan) settings, and where to start."""
         cuts = _distinct(self._cuts(levels))
         scans = _distinct(self._trips(levels))
-        grid = [[Layout(*c, t, levels) for t in scans] for c in cuts]
+        grid = [[Layout(c[0], c[1], t, levels) for t in scans] for c in cuts]
         value = functools.partial(self._predicted_cuts, levels)
         start = min(range(len(cuts)), key=lambda i: value(*cuts[i]))
         loops = [self._predicted_trips(levels, t) for t in scans]
@@ -128,7 +128,7 @@ class Checkpointed:
         if levels == 1:
             return segments.predicted(known, outer)
         kept = sum(known.crossing[p] for p in outer[1:-1])
-        groups = zip(outer, outer[1:], strict=False)
+        groups = itertools.pairwise(outer)
         worst = [
             segments.predicted(known, [p for p in inner if start <= p <= stop])
             for start, stop in groups
@@ -321,7 +321,7 @@ def _nested(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
     if layout.levels == 1:
         return [(start, stop)]
     points = [p for p in layout.inner if start <= p <= stop]
-    return list(zip(points, points[1:], strict=False))
+    return list(itertools.pairwise(points))
 
 
 def _flat(layout: Layout) -> Layout:

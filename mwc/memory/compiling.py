@@ -122,7 +122,8 @@ class _Worker:
                 line = b""
         if not line:
             raise MoonwalkTargetError(
-                f"the process that compiles for {target.name} ended: {self._last_words()}"
+                f"the process that compiles for {target.name} ended:"
+                f" {self._last_words()}"
             )
         reply = json.loads(line)
         if "error" in reply:
