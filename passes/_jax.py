@@ -6,22 +6,50 @@ here. Each helper says which versions differ and is pinned by `tests/test_jax_co
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+from jax._src import config, debugging, effects
+from jax._src.ad_util import Zero
+from jax._src.core import AbstractValue
+from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax.lax import _convert_element_type
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
 __all__ = [
+    "AbstractValue",
     "Literal",
     "Var",
+    "Zero",
+    "as_zero",
+    "batched_outputs",
     "bind",
     "call_body",
+    "captured",
     "closed",
+    "dead_code",
+    "define_primitive",
+    "exclude_frames",
+    "hoisted",
     "is_drop",
+    "is_undefined",
+    "keeps_effects",
+    "match_aval",
+    "named_axes",
     "nest_source",
     "opened",
+    "refused_effects",
+    "run_jaxpr",
     "scan_layout",
     "source_line",
+    "spell_axis",
+    "sub_jaxprs",
+    "trace_context",
+    "without_debug",
 ]
 
 Eqn = Any
@@ -114,3 +142,200 @@ def closed(invars: list[Var], outvars: list[Any], eqns: list[Eqn]) -> Jaxpr:
     jaxpr = core.Jaxpr([], invars, outvars, eqns, effects)
     maker = getattr(core, "ClosedJaxpr", None)
     return jaxpr if maker is None or maker is core.Jaxpr else maker(jaxpr, [])
+
+
+# What follows serves the differentiation primitives and the decorator of `mwc`.
+
+
+def exclude_frames(prefix: str) -> None:
+    """Hides files whose path starts with `prefix` from user-facing tracebacks."""
+    source_info_util.register_exclusion(prefix)
+
+
+def trace_context() -> Any:
+    """A hashable key of all ambient settings that change what tracing gives.
+
+    Among them the mesh, x64 mode, matrix precision and the names of mapped axes.
+    """
+    return config.trace_context()
+
+
+def hoisted(traced: Any) -> Jaxpr:
+    """The jaxpr of a `jax.stages.Traced` with what it captured as leading inputs."""
+    return pe.close_jaxpr(pe.convert_constvars_jaxpr(opened(traced.jaxpr)[0]))
+
+
+def captured(traced: Any) -> list[Any]:
+    """The values of the leading inputs that `hoisted` makes: arrays, then tracers."""
+    # Tracers are leading inputs of the jaxpr from the start, and `_consts` is the only
+    # place that has them: 0.12 has `closure_convert` besides, 0.10 has nothing.
+    return [*opened(traced.jaxpr)[1], *traced._consts]
+
+
+def dead_code(jaxpr: Jaxpr, used: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+    """Drops what the `used` outputs do not need; also says which inputs remain."""
+    body, consts = opened(jaxpr)
+    if consts:
+        # Constants stay leading inputs while dead code is removed.
+        body = pe.convert_constvars_jaxpr(body)
+    small, live = pe.dce_jaxpr(body, list(used), instantiate=False)
+    if not consts:
+        return pe.close_jaxpr(small), live
+    count = len(consts)
+    kept = [c for c, alive in zip(consts, live[:count], strict=True) if alive]
+    return _closed_over(small, kept), live[count:]
+
+
+def _closed_over(jaxpr: Jaxpr, consts: list[Any]) -> Jaxpr:
+    """Turns the leading inputs of a jaxpr into constants."""
+    if not consts:
+        return pe.close_jaxpr(jaxpr)
+    if hasattr(jaxpr, "with_consts"):  # 0.11 and later
+        return jaxpr.with_consts(consts)
+    count = len(consts)
+    body = jaxpr.replace(constvars=jaxpr.invars[:count], invars=jaxpr.invars[count:])
+    return core.ClosedJaxpr(body, consts)
+
+
+def sub_jaxprs(eqn: Eqn) -> list[Jaxpr]:
+    """The jaxprs among the parameters of an equation, open."""
+    return list(core.jaxprs_in_params(eqn.params))
+
+
+def refused_effects(jaxpr: Jaxpr) -> set[Any]:
+    """The effects that `jax.checkpoint` refuses to differentiate."""
+    return set(effects.remat_allowed_effects.filter_not_in(jaxpr.effects))
+
+
+def named_axes(item: Any) -> frozenset[Any]:
+    """Names of the mapped axes that a jaxpr or equation talks about."""
+    names = (getattr(e, "name", None) for e in item.effects)
+    return frozenset(name for name in names if name is not None)
+
+
+_DEBUG = (debugging.DebugEffect, debugging.OrderedDebugEffect)
+
+
+def _undebugged(found: Any) -> Any:
+    return frozenset(e for e in found if not isinstance(e, _DEBUG))
+
+
+def without_debug(jaxpr: Jaxpr) -> Jaxpr:
+    """A closed jaxpr without its debug callbacks, also in the bodies it calls."""
+    body, _ = opened(jaxpr)
+    small = _undebug_body(body)
+    if small is body:
+        return jaxpr
+    return small if body is jaxpr else jaxpr.replace(jaxpr=small)
+
+
+def _undebug_body(body: Jaxpr) -> Jaxpr:
+    if _undebugged(body.effects) == frozenset(body.effects):
+        return body
+    eqns = []
+    for eqn in body.eqns:
+        left = _undebugged(eqn.effects)
+        if left == frozenset(eqn.effects):
+            eqns.append(eqn)
+        elif sub_jaxprs(eqn):
+            params = {k: _undebug_param(v) for k, v in eqn.params.items()}
+            eqns.append(eqn.replace(params=params, effects=set(left)))
+    return body.replace(eqns=eqns, effects=set(_undebugged(body.effects)))
+
+
+def _undebug_param(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_undebug_param(v) for v in value)
+    if isinstance(value, (core.Jaxpr, getattr(core, "ClosedJaxpr", core.Jaxpr))):
+        return without_debug(value)
+    return value
+
+
+def spell_axis(axis: Any) -> tuple[Any, Any]:
+    """Name (None where there is none) and SPMD name of a level of `vmap`."""
+    name = None if type(axis.name) is object else axis.name
+    return name, axis.spmd_name
+
+
+def batched_outputs(jaxpr: Jaxpr, axis: Any, dims: Sequence[int | None]) -> list[bool]:
+    """Which outputs depend on a level of `vmap`, found by batching the jaxpr."""
+    rule = [batching.zero_if_mapped] * len(jaxpr.out_avals)
+    return list(batching.batch_jaxpr_axes(jaxpr, axis, tuple(dims), rule)[1])
+
+
+def as_zero(value: Any) -> Zero:
+    """The symbolic zero tangent of a value."""
+    return Zero(jax.typeof(value).to_tangent_aval())
+
+
+def match_aval(value: Any, aval: Any) -> Any:
+    """Gives a cotangent the type that JAX expects for an argument of type `aval`.
+
+    A cotangent that varies over more axes of a manual mesh than its argument is
+    summed over them, as the transpose of an implicit broadcast; the dtype and the
+    weak type are the argument's.
+    """
+    has, wants = _varying(jax.typeof(value)), _varying(aval)
+    if has - wants:
+        value = jax.lax.psum(value, tuple(has - wants))
+    if wants - has:
+        value = jax.lax.pcast(value, tuple(wants - has), to="varying")
+    now = jax.typeof(value)
+    if now.dtype != aval.dtype or now.weak_type != aval.weak_type:
+        value = _convert_element_type(value, aval.dtype, aval.weak_type)
+    return value
+
+
+def _varying(aval: Any) -> frozenset[Any]:
+    return frozenset(getattr(getattr(aval, "mat", None), "varying", ()))
+
+
+def define_primitive(
+    name: str,
+    *,
+    run: Callable[..., list[Any]],
+    avals: Callable[..., tuple[list[Any], Any]],
+    emit: Callable[..., list[Any]],
+    jvp: Callable[..., Any],
+    batch: Callable[..., Any],
+    dce: Callable[..., Any] | None = None,
+    transpose: Callable[..., list[Any]] | None = None,
+) -> Any:
+    """Registers a primitive with several results under all of JAX's rule tables.
+
+    Args:
+      name: what jaxprs print.
+      run: evaluates it on arrays.
+      avals: gives output avals and effects.
+      emit: the traceable function that it is lowered as.
+      jvp: the rule for tangents.
+      batch: a "fancy" batching rule, given the primitive first; it is called for
+        every `vmap` around, mapped or not.
+      dce: called with (used outputs, equation); 0.12 passes live inputs between.
+      transpose: the rule for cotangents, None where the primitive is not linear.
+    """
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(run)
+    primitive.def_effectful_abstract_eval(avals)
+    mlir.register_lowering(primitive, mlir.lower_fun(emit, multiple_results=True))
+    ad.primitive_jvps[primitive] = jvp
+    batching.fancy_primitive_batchers[primitive] = partial(batch, primitive)
+    if transpose is not None:
+        ad.primitive_transposes[primitive] = transpose
+    if dce is not None:
+        pe.dce_rules[primitive] = lambda used, *rest: dce(used, rest[-1])
+    return primitive
+
+
+is_undefined = ad.is_undefined_primal
+
+
+def run_jaxpr(jaxpr: Jaxpr, *args: Any) -> list[Any]:
+    """Evaluates a closed jaxpr, keeping source lines and name scopes."""
+    return list(core.jaxpr_as_fun(jaxpr)(*args))
+
+
+def keeps_effects(eqn: Eqn) -> bool:
+    """Whether an equation must stay though none of its outputs is used."""
+    return any(not pe.dceable_effects.contains(effect) for effect in eqn.effects)
