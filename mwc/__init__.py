@@ -1,0 +1,35 @@
+"""The Moonwalk compiler: exact gradients of any JAX function in less memory."""
+
+from __future__ import annotations
+
+import os
+
+from mwc._check import CheckReport
+from mwc._compile import Compiled, Drift, moonwalk_compile
+from mwc._trace import MoonwalkConcretizationError, MoonwalkTracerError
+from mwc.errors import (
+    MoonwalkError,
+    MoonwalkTargetError,
+    MoonwalkTypeError,
+    MoonwalkUnsupportedError,
+    MoonwalkValueError,
+)
+from passes import _jax
+
+__all__ = [
+    "CheckReport",
+    "Compiled",
+    "Drift",
+    "MoonwalkConcretizationError",
+    "MoonwalkError",
+    "MoonwalkTargetError",
+    "MoonwalkTracerError",
+    "MoonwalkTypeError",
+    "MoonwalkUnsupportedError",
+    "MoonwalkValueError",
+    "moonwalk_compile",
+]
+
+# Tracebacks and source lines show the user's frames, not ours.
+for _path in (__file__, _jax.__file__):
+    _jax.exclude_frames(os.path.dirname(os.path.abspath(_path)) + os.sep)

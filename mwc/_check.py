@@ -1,0 +1,96 @@
+"""Comparing gradients with backpropagation, on the user's own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mwc.errors import MoonwalkTypeError
+
+# Rounding of a gradient that another fusion computes, by dtype: sums of many terms
+# differ by more than one unit in the last place.
+_LIMITS = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 1e-1, "float16": 3e-2}
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How far the gradients are from those of backpropagation.
+
+    Attributes:
+      ok: whether every leaf agrees to rounding.
+      max_error: largest difference in a leaf over the largest entry of the leaf,
+        the worst over leaves.
+      worst_leaf: the path of that leaf.
+      headroom: how far the guard is from its limit, None without a guard.
+      worst_stage: the stage nearest to it, None without a guard.
+    """
+
+    ok: bool
+    max_error: float
+    worst_leaf: str
+    headroom: float | None = None
+    worst_stage: str | None = None
+
+    def __str__(self) -> str:
+        word = "agree with" if self.ok else "DIFFER from"
+        lines = [f"gradients {word} backpropagation"]
+        lines.append(f"  largest error {self.max_error:.2e}, in {self.worst_leaf}")
+        if self.headroom is not None:
+            lines.append(f"  headroom {self.headroom:.2g}, at {self.worst_stage}")
+        return "\n".join(lines)
+
+
+def check(
+    loss: Any,
+    reference: Callable[[], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> CheckReport:
+    """Runs the decorated function and the reference, and compares gradients.
+
+    Args:
+      loss: the decorated function.
+      reference: gives backpropagation's value and gradients.
+      args: concrete arguments.
+      kwargs: the same.
+
+    Returns:
+      The report.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+        raise MoonwalkTypeError(
+            "check was called under a JAX transformation",
+            expected="concrete arrays",
+            remedy="call it outside jit, grad and vmap",
+        )
+    value, grads = loss.value_and_grad(*args, **kwargs)
+    true_value, true_grads = reference()
+    mine = jax.tree_util.tree_leaves_with_path({"value": value, "gradient": grads})
+    true = jax.tree.leaves({"value": true_value, "gradient": true_grads})
+    worst, where, ok = 0.0, "none", True
+    for (path, leaf), right in zip(mine, true, strict=True):
+        error, fine = _compare(leaf, right)
+        ok = ok and fine
+        if error >= worst:
+            worst, where = error, jax.tree_util.keystr(path)
+    return CheckReport(ok, worst, where)
+
+
+def _compare(leaf: Any, right: Any) -> tuple[float, bool]:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf, right = jax.random.key_data(leaf), jax.random.key_data(right)
+    name = str(leaf.dtype)
+    wide = np.complex128 if name.startswith("complex") else np.float64
+    one, two = np.asarray(leaf).astype(wide), np.asarray(right).astype(wide)
+    # NaN and infinities must be where backpropagation has them.
+    finite = np.isfinite(two)
+    if not np.array_equal(one[~finite], two[~finite], equal_nan=True):
+        return float("inf"), False
+    gap = np.max(np.abs(one[finite] - two[finite]), initial=0.0)
+    size = np.max(np.abs(two[finite]), initial=0.0)
+    error = float(gap / size) if size > 0 else float(gap)
+    return error, error <= _LIMITS.get(name, 1e-9)

@@ -1,0 +1,239 @@
+"""From a Python call to a jaxpr: leaves, static values, captured arrays, errors.
+
+`jax.jit(fun).trace` does the tracing, which gives pytrees, weak types, static
+arguments and one jaxpr for repeated calls. Leaves that are not arrays (functions
+and strings in an equinox module, `self` of a method) travel in the tree structure
+as `Static` nodes, which compare by equality, so that jit's cache distinguishes them.
+
+Limits: as under `jax.jit`, values that the function finds in globals or in a static
+object are read when it is traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mwc.errors import MoonwalkError, MoonwalkTypeError, MoonwalkValueError
+from passes import _jax
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+class MoonwalkConcretizationError(
+    MoonwalkTypeError, jax.errors.ConcretizationTypeError
+):
+    """Python needed the value of an array while the function was being traced."""
+
+    __init__ = MoonwalkError.__init__
+
+
+class MoonwalkTracerError(MoonwalkError, jax.errors.UnexpectedTracerError):
+    """A value of a finished transformation was used after it had ended."""
+
+    __init__ = MoonwalkError.__init__
+
+
+@jax.tree_util.register_pytree_node_class
+class Static:
+    """A leaf that is not an array, as part of the tree structure."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple[()], Any]:
+        """No children: the value is structure."""
+        return (), _Equal(self.value)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, _children: Any) -> Static:
+        """Back from the structure."""
+        return cls(aux.value)
+
+
+class _Equal:
+    """A value with its type, so that 1, 1.0 and True are three values."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: Any) -> bool:
+        same = isinstance(other, _Equal) and type(self.value) is type(other.value)
+        return same and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced; everything else is static."""
+    return isinstance(leaf, _ARRAYS) or hasattr(leaf, "dtype")
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf can have a gradient."""
+    return is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def wrap(tree: Any) -> Any:
+    """Makes leaves that are not arrays part of the structure."""
+    return jax.tree.map(lambda x: x if is_array(x) else Static(x), tree)
+
+
+def unwrap(tree: Any) -> Any:
+    """Undoes `wrap`."""
+    found = lambda x: isinstance(x, Static)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if found(x) else x, tree, is_leaf=found)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What is known of the user's function without calling it.
+
+    Attributes:
+      name: its name.
+      source: where it is defined, "file.py:12 (function)".
+      static_nums: positions of static arguments.
+      static_names: names of static arguments.
+      most: the most positional arguments it takes, None if any number.
+    """
+
+    name: str
+    source: str | None
+    static_nums: tuple[int, ...]
+    static_names: tuple[str, ...]
+    most: int | None
+
+    def dynamic(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments that are traced."""
+        nums = {n % len(args) for n in self.static_nums if -len(args) <= n < len(args)}
+        kept = tuple(a for i, a in enumerate(args) if i not in nums)
+        return kept, {k: v for k, v in kwargs.items() if k not in self.static_names}
+
+    def check_static(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Static values are keys of the trace cache, and must be hashable."""
+        named = [(f"argument {n}", args[n]) for n in self.static_nums if n < len(args)]
+        named += [(k, kwargs[k]) for k in self.static_names if k in kwargs]
+        for label, value in named:
+            self.check_hashable(label, value)
+
+    def check_hashable(self, label: str, value: Any) -> None:
+        """Refuses a static value that cannot be a key."""
+        try:
+            hash(value)
+        except TypeError:
+            raise MoonwalkTypeError(
+                f"{self.name} has an unhashable static value, {label}: "
+                f"{type(value).__name__}",
+                expected="values with __hash__ and __eq__",
+                remedy="pass a tuple instead of a list, or make the value an array",
+                source=self.source,
+            ) from None
+
+
+def signature_of(fun: Callable[..., Any], nums: Any = (), names: Any = ()) -> Signature:
+    """Reads a function's signature, inferring static names from positions and back."""
+    nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    most, positional = None, []
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        parameters = None
+    if parameters is not None:
+        kinds = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        positional = [p.name for p in parameters if p.kind in kinds]
+        if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
+            most = len(positional)
+    by_num = {n: positional[n] for n in nums if -len(positional) <= n < len(positional)}
+    all_names = dict.fromkeys((*names, *by_num.values()))
+    found = [positional.index(n) for n in names if n in positional]
+    all_nums = dict.fromkeys((*nums, *found))
+    name = getattr(fun, "__name__", type(fun).__name__)
+    return Signature(name, _definition(fun), tuple(all_nums), tuple(all_names), most)
+
+
+def _definition(fun: Callable[..., Any]) -> str | None:
+    code = getattr(inspect.unwrap(fun), "__code__", None)
+    if code is None:
+        return None
+    return (
+        f"{os.path.basename(code.co_filename)}:{code.co_firstlineno} ({code.co_name})"
+    )
+
+
+def traced(
+    jitted: Any, signature: Signature, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """`jitted.trace`, with errors that name the user's line and the remedy."""
+    try:
+        return jitted.trace(*args, **kwargs)
+    except MoonwalkError:
+        raise
+    except jax.errors.ConcretizationTypeError as error:
+        raise MoonwalkConcretizationError(
+            f"{signature.name} needs the value of an array that is being traced:\n"
+            f"{error}",
+            remedy="use jax.lax.cond, jnp.where or jax.lax.while_loop, or name the "
+            "argument in static_argnums or static_argnames",
+            source=_user_frame(error) or signature.source,
+        ) from error
+    except jax.errors.UnexpectedTracerError as error:
+        raise MoonwalkTracerError(
+            f"{signature.name} was given, or uses, a value of a transformation that "
+            f"has ended:\n{error}",
+            remedy="return values instead of storing them in globals or attributes",
+            source=_user_frame(error) or signature.source,
+        ) from error
+
+
+_OURS = tuple(
+    os.path.dirname(os.path.abspath(path)) + os.sep
+    for path in (__file__, _jax.__file__, jax.__file__)
+)
+
+
+def _user_frame(error: BaseException) -> str | None:
+    """The innermost line of a traceback that is neither ours nor JAX's."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not os.path.abspath(frame.filename).startswith(_OURS):
+            return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
+    return None
+
+
+def positions(
+    argnums: int | Sequence[int], args: Sequence[Any], signature: Signature, bound: int
+) -> list[int]:
+    """The positional arguments that `argnums` names; it counts after bound ones."""
+    found = []
+    nums = (argnums,) if isinstance(argnums, int) else argnums
+    given = len(args) - bound
+    for num in nums:
+        index = num + given if num < 0 else num
+        most = None if signature.most is None else signature.most - bound
+        if index < 0 or (index >= given and (most is None or index >= most)):
+            raise MoonwalkValueError(
+                f"argnums={argnums!r} names an argument that {signature.name} has not: "
+                f"it was called with {given} positional arguments",
+                expected=f"numbers from 0 to {max(given - 1, 0)}",
+                remedy="count positional arguments from 0, as in jax.grad",
+                source=signature.source,
+            )
+        found.append(index + bound)
+    return found
