@@ -1,0 +1,139 @@
+"""From a piece of the chain to a stage: linearise it, choose what is kept.
+
+Stages that look alike (the same equations on the same shapes) share one derivative:
+a deep network is linearised once a kind of layer. What is kept:
+
+- for a leaf, from its input: residuals of the *input* cotangent that lie behind a
+  matrix product or a loop, where they are small (bits); otherwise nothing, and the
+  leaf runs the stage again;
+- for a stored stage: the narrowest residuals of all cotangents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from mwc.stages import Straight
+from passes.flops import eqn_flops
+from passes.graph import Graph, Var, is_var, nbytes
+from passes.linearise import Linear, linearise
+from passes.residuals import narrowest, packed_bytes
+
+_SMALL = 1 / 8  # of the bytes of the stage's state: what counts as bits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kind:
+    """What equal stages share."""
+
+    linear: Linear
+    bits: tuple[Var, ...]
+    kept: tuple[Var, ...]
+
+
+class Builder:
+    """Makes the stages of one program.
+
+    Args:
+      outside: the program's own inputs and the prologue's results, always at hand.
+      tangents: the variables that may carry a tangent.
+    """
+
+    def __init__(self, outside: Collection[Var], tangents: Collection[Var]):
+        self._outside, self._tangents = outside, tangents
+        self._kinds: dict[Any, _Kind] = {}
+
+    def stage(self, graph: Graph) -> Straight:
+        """The stage of a piece."""
+        active = tuple(v in self._tangents for v in graph.invars)
+        state = tuple(v not in self._outside for v in graph.invars)
+        key = (_shape_of(graph), active, state)
+        if key not in self._kinds:
+            self._kinds[key] = _kind(graph, active, state)
+        kind = self._kinds[key]
+        # An input or result among the residuals is kept under its chain name.
+        linear = kind.linear
+        chain = dict(zip(linear.outs, graph.outvars, strict=True)) if True else {}
+        chain = {f: v for f, v in chain.items() if is_var(f)}
+        chain |= dict(zip(linear.fwd.invars, graph.invars, strict=True))
+        names = tuple(chain[v] for v in kind.kept if v in chain)
+        own = tuple(v for v in kind.kept if v not in chain)
+        return Straight(graph, linear, kind.bits, own, names)
+
+
+def matrix_cost(eqn: Any) -> float:
+    """Matrix FLOPs of an equation."""
+    return eqn_flops(eqn).matrix
+
+
+def residuals_of(linear: Linear, cotangents: Iterable[Any]) -> list[Any]:
+    """The residuals that some of `bwd`'s results are computed from."""
+    read = linear.bwd.inputs_of(cotangents)
+    pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
+    return [r for r, v in pairs if v in read]
+
+
+def rerun_cost(linear: Linear, given: Collection[Var]) -> float:
+    """Matrix FLOPs of computing all residuals from the inputs and `given`."""
+    wanted = residuals_of(linear, linear.bwd.outvars)
+    eqns = linear.fwd.eqns
+    return sum(matrix_cost(eqns[i]) for i in linear.fwd.needed(wanted, given))
+
+
+def _kind(graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...]) -> _Kind:
+    linear = linearise(graph, active)
+    fwd, bwd = linear.fwd, linear.bwd
+    names = [v for v, s in zip(fwd.invars, state, strict=True) if s]
+    moving = [s for s, a in zip(state, active, strict=True) if a]
+    to_state = [ct for ct, s in zip(bwd.outvars, moving, strict=True) if s]
+    bits = narrowest(
+        fwd, residuals_of(linear, to_state), names, matrix_cost, at_hand=True
+    )
+    allowed = _SMALL * sum(nbytes(v) for v in names)
+    saves = rerun_cost(linear, bits) < rerun_cost(linear, ())
+    if sum(packed_bytes(v) for v in bits) > allowed or not saves:
+        bits = ()
+    kept = narrowest(
+        fwd, residuals_of(linear, bwd.outvars), names, matrix_cost, at_hand=False
+    )
+    return _Kind(linear, bits, kept)
+
+
+def _shape_of(graph: Graph) -> Any:
+    """A key that is equal for graphs that differ in the names of variables only."""
+    number: dict[Var, int] = {v: i for i, v in enumerate(graph.invars)}
+
+    def atom(a: Any) -> Any:
+        return number[a] if is_var(a) else ("literal", repr(a.val), str(a.aval))
+
+    rows = []
+    for eqn in graph.eqns:
+        reads = tuple(atom(a) for a in eqn.invars)
+        for v in eqn.outvars:
+            number[v] = len(number)
+        params = tuple(sorted((k, _frozen(v)) for k, v in eqn.params.items()))
+        avals = tuple(_aval(v) for v in eqn.outvars)
+        rows.append((eqn.primitive.name, params, reads, avals))
+    ins = tuple(_aval(v) for v in graph.invars)
+    return ins, tuple(rows), tuple(atom(v) for v in graph.outvars)
+
+
+def _aval(v: Any) -> tuple[str, bool, str]:
+    aval = v.aval
+    weak = bool(getattr(aval, "weak_type", False))
+    return aval.str_short(), weak, str(getattr(aval, "sharding", ""))
+
+
+def _frozen(value: Any) -> Any:
+    """A parameter for comparison: itself where equality means sameness."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(_frozen(v) for v in value) + ")"
+    if type(value).__module__.startswith("numpy") or hasattr(value, "eqns"):
+        return f"@{id(value)}"
+    if type(value).__hash__ is object.__hash__ or callable(value):
+        return f"@{id(value)}"
+    return f"{type(value).__name__}:{value!r}"

@@ -1,0 +1,77 @@
+"""Data dependencies that the compiler may not remove.
+
+Recomputation saves memory only if XLA does not merge it with the first computation,
+and only if it runs when it is due. `lax.optimization_barrier` says both; the CPU
+backend of JAX 0.10 drops barriers, so there the value is also selected by a
+condition on the token that is never true and that no simplifier can see through
+(inf and NaN included: a condition on bits, not on arithmetic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = Any
+
+
+def _is_key(x: Array) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def barrier(values: Sequence[Array]) -> list[Array]:
+    """Values that become available together; typed keys pass as they are."""
+    values = list(values)
+    at = [i for i, x in enumerate(values) if not _is_key(x)]
+    if at:
+        held = lax.optimization_barrier([values[i] for i in at])
+        for i, x in zip(at, held, strict=True):
+            values[i] = x
+    return values
+
+
+def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
+    """`values`, not available before `token` is.
+
+    Args:
+      values: arrays of any dtype.
+      token: an inexact array, or None where nothing has been computed yet.
+
+    Returns:
+      The same values, which no compiler can merge with what they were made from.
+    """
+    values = list(values)
+    if not values:
+        return values
+    if token is None or token.size == 0:
+        return barrier(values)
+    *held, token = barrier([*values, token])
+    at = [i for i, x in enumerate(held) if not _is_key(x) and x.size]
+
+    def select(token: Array, *chosen: Array) -> list[Array]:
+        never = _never(token)
+        return [jnp.where(never, jnp.zeros_like(x), x) for x in chosen]
+
+    chosen = lax.platform_dependent(
+        token,
+        *[held[i] for i in at],
+        cpu=select,
+        default=lambda _, *chosen: list(chosen),
+    )
+    for i, x in zip(at, chosen, strict=True):
+        held[i] = x
+    return held
+
+
+def _never(token: Array) -> Array:
+    """A scalar that is False for every value of the token."""
+    first = lax.slice(token, (0,) * token.ndim, (1,) * token.ndim).reshape(())
+    if jnp.iscomplexobj(first):
+        first = first.real
+    word = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+    # Odd, so it differs from its own even neighbour.
+    return (word | 1) == ((word >> 1) << 1)

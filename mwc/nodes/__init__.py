@@ -1,0 +1,1 @@
+"""Nodes: exact ways to differentiate a run of stages."""

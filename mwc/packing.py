@@ -1,0 +1,39 @@
+"""Bools as bits: eight elements a byte, in one axis, by a few operations.
+
+The axis is the last one that eight divides, so that nothing is padded; without one
+the axis with the least padding. Other axes keep their shape, and with it their
+sharding. Limits: at most seven elements of padding a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+Array = Any
+
+
+def axis_of(shape: tuple[int, ...]) -> int:
+    """The axis that is packed."""
+    waste = [(math.ceil(n / 8) * 8 / max(n, 1), -axis) for axis, n in enumerate(shape)]
+    return -min(waste)[1]
+
+
+def is_packed(x: Any) -> bool:
+    """Whether a value (array or aval) is kept as bits."""
+    return str(x.dtype) == "bool" and len(x.shape) > 0 and math.prod(x.shape) > 0
+
+
+def pack(x: Array) -> Array:
+    """A bool array as uint8 with its packed axis divided by eight; others as is."""
+    return jnp.packbits(x, axis=axis_of(x.shape)) if is_packed(x) else x
+
+
+def unpack(bits: Array, like: Any) -> Array:
+    """The array that `pack` packed; `like` has its shape and dtype."""
+    if not is_packed(like):
+        return bits
+    axis = axis_of(like.shape)
+    return jnp.unpackbits(bits, axis=axis, count=like.shape[axis]).astype(bool)

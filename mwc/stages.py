@@ -1,0 +1,180 @@
+"""Stages: what a schedule may ask of a stretch of the program.
+
+A stage reads and writes *values*, a dict from the chain's variables to arrays. It can
+
+- `run`: results from inputs (*advance*);
+- `first`: results, and what is kept for the backward: nothing but small residuals
+  (*bits*), or all that the backward needs (*kept*);
+- `pull`: cotangents of inputs from cotangents of results (*leaf*), given the inputs
+  and the bits, or what was kept.
+
+`Straight` is a stage of straight-line code, derived by JAX (`passes.linearise`).
+Loops are in `mwc.loops`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+
+from mwc import packing
+from passes.graph import Graph, Var, evaluate, is_var
+from passes.linearise import Linear
+
+Array = Any
+Values = dict[Var, Array]
+
+
+class Stage(Protocol):
+    """See the module docstring.
+
+    Attributes:
+      graph: the stage in the chain's variables.
+      bits: number of arrays that `first` keeps for a leaf.
+      kept: number of arrays that `first` keeps for a stored stage.
+      names: inputs and results that a stored stage needs besides; they are kept
+        under their own names, so that an array is kept once.
+    """
+
+    @property
+    def graph(self) -> Graph: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def kept(self) -> int: ...
+
+    @property
+    def names(self) -> tuple[Var, ...]: ...
+
+    def run(self, values: Values, effects: bool = False) -> None:
+        """Binds the results in `values`."""
+        ...
+
+    def first(self, values: Values, store: bool, effects: bool) -> list[Array]:
+        """Binds the results in `values` and returns what is kept."""
+        ...
+
+    def pull(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        cts: Mapping[Var, Array],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of those inputs that are in `wanted`.
+
+        Args:
+          values: the inputs; of a stored stage those in `names` or of the program.
+          saved: what `first` kept.
+          stored: whether that was with `store`.
+          cts: cotangents of results; a missing one is zero.
+          wanted: the variables whose cotangents are asked for.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Straight:
+    """A stage of straight-line code.
+
+    Attributes:
+      graph: the stage in the chain's variables.
+      linear: its derivative, in variables of its own; equal stages share it.
+      bit_vars: small residuals from which, with the inputs, the state cotangents
+        follow; empty where the stage is not pruned.
+      kept_vars: residuals from which, with `names`, all cotangents follow.
+      names: see `Stage`.
+    """
+
+    graph: Graph
+    linear: Linear
+    bit_vars: tuple[Var, ...]
+    kept_vars: tuple[Var, ...]
+    names: tuple[Var, ...]
+
+    @property
+    def bits(self) -> int:
+        """Number of arrays that `first` keeps for a leaf."""
+        return len(self.bit_vars)
+
+    @property
+    def kept(self) -> int:
+        """Number of arrays that `first` keeps for a stored stage."""
+        return len(self.kept_vars)
+
+    def run(self, values: Values, effects: bool = False) -> None:
+        """Binds the results in `values`."""
+        env = {v: values[v] for v in self.graph.invars}
+        outs = evaluate(self.graph, env, self.graph.outvars, effects)
+        values.update(zip(self.graph.outvars, outs, strict=True))
+
+    def first(self, values: Values, store: bool, effects: bool) -> list[Array]:
+        """Binds the results in `values` and returns what is kept, bools as bits."""
+        keep = self.kept_vars if store else self.bit_vars
+        if not keep or (effects and any(e.effects for e in self.graph.eqns)):
+            self.run(values, effects)
+        env = self._inputs(values)
+        pairs = zip(self.graph.outvars, self.linear.outs, strict=True)
+        todo = [(v, f) for v, f in pairs if v not in values]
+        found = evaluate(self.linear.fwd, env, [*(f for _, f in todo), *keep])
+        values.update(zip((v for v, _ in todo), found, strict=False))
+        return [packing.pack(x) for x in found[len(todo) :]]
+
+    def pull(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        cts: Mapping[Var, Array],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of those inputs that are in `wanted`."""
+        linear = self.linear
+        chosen = self.chosen(wanted)
+        outs = [atom for _, atom in chosen]
+        env = self._inputs(values)
+        keep = self.kept_vars if stored else self.bit_vars
+        for v, x in zip(keep, saved, strict=True):
+            env[v] = packing.unpack(x, v.aval)
+        read = linear.bwd.inputs_of(outs)
+        back = dict(linear.consts)
+        pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
+        need = [(r, v) for r, v in pairs if v in read]
+        found = evaluate(linear.fwd, env, [r for r, _ in need])
+        back.update(zip((v for _, v in need), found, strict=True))
+        results = [
+            v for v, f in zip(self.graph.outvars, linear.inexact, strict=True) if f
+        ]
+        for v, ct in zip(results, linear.ct_inputs, strict=True):
+            if ct in read:
+                given = cts.get(v)
+                aval = ct.aval
+                back[ct] = jnp.zeros(aval.shape, aval.dtype) if given is None else given
+        grads = evaluate(linear.bwd, back, outs)
+        return dict(zip((v for v, _ in chosen), grads, strict=True))
+
+    def chosen(self, wanted: Collection[Var]) -> list[tuple[Var, Any]]:
+        """The wanted inputs, each with its cotangent in `linear.bwd`."""
+        active = zip(self.graph.invars, self.linear.active, strict=True)
+        inputs = [v for v, a in active if a]
+        pairs = zip(inputs, self.linear.bwd.outvars, strict=True)
+        return [(v, atom) for v, atom in pairs if v in wanted]
+
+    def _inputs(self, values: Values) -> Values:
+        env = dict(self.linear.consts)
+        for v, f in self._pairs():
+            if v in values:
+                env[f] = values[v]
+        return env
+
+    def _pairs(self) -> Iterator[tuple[Var, Var]]:
+        """Inputs and results, each in the chain and in the derivative."""
+        yield from zip(self.graph.invars, self.linear.fwd.invars, strict=True)
+        outs = zip(self.graph.outvars, self.linear.outs, strict=True)
+        yield from ((v, f) for v, f in outs if is_var(f))

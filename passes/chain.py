@@ -1,0 +1,202 @@
+"""Chain: cut the state graph where few bytes cross.
+
+The state equations, in program order, are cut once between each two *heavy* ones
+(matrix products with a share of the arithmetic, loops), at the narrowest place, and
+of equally narrow ones at the first. Long stretches without a heavy equation are cut
+by length. A stage is what lies between two cuts, together with the parameter-side and
+constant equations that it alone reads. Those that several stages read form the
+prologue.
+
+So a stage has one heavy equation: residual blocks, attention, U-Net skips and plain
+layers come out alike, and which cuts are used is the schedule's choice, for a cut
+costs what crosses it. The first place is right behind the product, so the activation
+belongs to the *next* stage, whose backward reads it off the kept state: a stage
+`activation, product` needs nothing but its input, not even sign bits, whatever the
+activation. Limits: program order is taken as it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from passes.depend import Side, last_reads
+from passes.flops import eqn_flops
+from passes.graph import Graph, Var, is_var, nbytes
+
+_LIGHT = 24  # light equations in one stage, at most about twice this many
+_SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """One stage of the chain.
+
+    Attributes:
+      graph: its equations; inputs are what it reads from outside, results what is
+        read outside.
+      crossing: the variables that are alive before it and bound by earlier stages.
+    """
+
+    graph: Graph
+    crossing: tuple[Var, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """A program as a prologue and a chain of stages.
+
+    Attributes:
+      prologue: parameter-side equations that several stages read.
+      pieces: the stages, in order.
+    """
+
+    prologue: Graph
+    pieces: tuple[Piece, ...]
+
+
+def chain(graph: Graph, sides: Sequence[Side]) -> Chain:
+    """Cuts a program into stages.
+
+    Args:
+      graph: the program.
+      sides: the side of each equation (`passes.depend`).
+
+    Returns:
+      The chain; evaluating prologue and pieces in order is evaluating the graph.
+    """
+    state = [i for i, side in enumerate(sides) if side is Side.STATE]
+    cuts = _cuts(graph, state)
+    bounds = [0, *cuts, len(state)]
+    groups = [state[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    if not state:
+        groups = [[]]
+    shared, own = _sink(graph, sides, groups)
+    stages = [sorted(o + g) for o, g in zip(own, groups, strict=True)]
+    return _assemble(graph, sorted(shared), stages)
+
+
+def _cuts(graph: Graph, state: list[int]) -> list[int]:
+    """Positions of `state` before which the chain is cut."""
+    count = len(state)
+    widths = _widths(graph, state)
+    counts = [eqn_flops(graph.eqns[i]) for i in state]
+    # Elementwise work is light, unless there is nothing else.
+    matrices = any(c.matrix for c in counts)
+    costs = [c.matrix if matrices else c.elementwise for c in counts]
+    floor = _SHARE * sum(costs)
+    heavy = [p for p in range(count) if costs[p] > floor or _loops(graph, state[p])]
+    cuts = []
+    for before, after in zip(heavy, heavy[1:], strict=False):
+        cuts.append(min(range(before + 1, after + 1), key=lambda c: widths[c]))
+    if heavy and heavy[-1] + 1 < count:
+        # The head of the loss is a stage of its own.
+        cuts.append(heavy[-1] + 1)
+    if heavy:
+        lead = range(1, heavy[0] + 1)
+        cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
+    return _split_long(sorted(set(cuts)), count, widths)
+
+
+def _split_long(cuts: list[int], count: int, widths: list[int]) -> list[int]:
+    """Cuts stretches of more than two `_LIGHT`s at their narrowest places."""
+    found = []
+    for start, stop in zip([0, *cuts], [*cuts, count], strict=True):
+        if start:
+            found.append(start)
+        while stop - start > 2 * _LIGHT:
+            window = range(start + _LIGHT // 2, start + _LIGHT * 3 // 2)
+            start = min(window, key=lambda c: (widths[c], -c))
+            found.append(start)
+    return found
+
+
+def _loops(graph: Graph, index: int) -> bool:
+    return graph.eqns[index].primitive.name in ("scan", "while")
+
+
+def _widths(graph: Graph, state: list[int]) -> list[int]:
+    """Bytes of state values that cross each cut position."""
+    delta = [0] * (len(state) + 2)
+    last = last_reads(graph, state)
+    for position, i in enumerate(state):
+        for v in graph.eqns[i].outvars:
+            end = last.get(v, position)
+            delta[position + 1] += nbytes(v)
+            delta[end + 1] -= nbytes(v)
+    widths, total = [], 0
+    for d in delta[:-1]:
+        total += d
+        widths.append(total)
+    return widths
+
+
+def _sink(
+    graph: Graph, sides: Sequence[Side], groups: list[list[int]]
+) -> tuple[set[int], list[list[int]]]:
+    """Gives each parameter-side equation to the only stage that reads it.
+
+    Constant equations go to every stage that reads them.
+    """
+    outside = -1
+    readers: dict[Var, set[int]] = {}
+    for v in graph.outvars:
+        if is_var(v):
+            readers.setdefault(v, set()).add(outside)
+    for stage, group in enumerate(groups):
+        for i in group:
+            for v in graph.eqns[i].invars:
+                if is_var(v):
+                    readers.setdefault(v, set()).add(stage)
+    shared: set[int] = set()
+    own: list[list[int]] = [[] for _ in groups]
+    for i in reversed(range(len(graph.eqns))):
+        eqn, side = graph.eqns[i], sides[i]
+        if side is Side.STATE:
+            continue
+        stages = set().union(*(readers.get(v, set()) for v in eqn.outvars))
+        single = len(stages) == 1 and outside not in stages
+        copy = side is Side.CONST and outside not in stages
+        if not single and not copy:
+            shared.add(i)
+            stages = {outside}
+        else:
+            for stage in stages:
+                own[stage].append(i)
+        for v in eqn.invars:
+            if is_var(v):
+                readers.setdefault(v, set()).update(stages)
+    return shared, own
+
+
+def _assemble(graph: Graph, shared: list[int], stages: list[list[int]]) -> Chain:
+    # A constant equation is copied to its readers and never crosses a cut.
+    times = collections.Counter(i for indices in stages for i in indices)
+    copied = {v for i, n in times.items() if n > 1 for v in graph.eqns[i].outvars}
+
+    def piece(indices: list[int], wanted: Callable[[Var], bool]) -> Graph:
+        eqns = [graph.eqns[i] for i in indices]
+        bound = {v for e in eqns for v in e.outvars}
+        reads = dict.fromkeys(v for e in eqns for v in e.invars if is_var(v))
+        invars = tuple(v for v in reads if v not in bound)
+        outs = dict.fromkeys(v for e in eqns for v in e.outvars if wanted(v) and v not in copied)
+        return Graph(invars, tuple(outs), tuple(eqns))
+
+    results = {v for v in graph.outvars if is_var(v)}
+    place: dict[Var, int] = {}
+    for stage, indices in enumerate(stages):
+        for i in indices:
+            for v in graph.eqns[i].invars:
+                if is_var(v):
+                    place[v] = max(place.get(v, -1), stage)
+    prologue = piece(shared, lambda v: v in place or v in results)
+    alive: dict[Var, int] = {}  # crossing variables and the last stage that reads them
+    pieces = []
+    for stage, indices in enumerate(stages):
+        here = stage
+        alive = {v: last for v, last in alive.items() if last >= here}
+        body = piece(indices, lambda v: place.get(v, -1) > here or v in results)
+        pieces.append(Piece(body, tuple(alive)))
+        alive |= {v: place[v] for v in body.outvars if place.get(v, -1) > here}
+    return Chain(prologue, tuple(pieces))
