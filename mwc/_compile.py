@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from mwc import _trace
 from mwc._check import CheckReport, check
 from mwc._options import Options, make_options
-from mwc._primitives import Site, call_p
+from mwc._primitives import call_p
+from mwc._site import Site
 from mwc._spec import Spec
 from mwc._trace import Signature, is_array, is_differentiable, unwrap, wrap
 from mwc.errors import MoonwalkTypeError

@@ -32,7 +32,6 @@ __all__ = [
     "captured",
     "closed",
     "dead_code",
-    "define_primitive",
     "exclude_frames",
     "hoisted",
     "is_drop",
@@ -40,9 +39,11 @@ __all__ = [
     "keeps_effects",
     "match_aval",
     "named_axes",
+    "new_primitive",
     "nest_source",
     "opened",
     "refused_effects",
+    "register_rules",
     "run_jaxpr",
     "scan_layout",
     "source_line",
@@ -290,8 +291,15 @@ def _varying(aval: Any) -> frozenset[Any]:
     return frozenset(getattr(getattr(aval, "mat", None), "varying", ()))
 
 
-def define_primitive(
-    name: str,
+def new_primitive(name: str) -> Any:
+    """A primitive with several results and no rules yet."""
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    return primitive
+
+
+def register_rules(
+    primitive: Any,
     *,
     run: Callable[..., list[Any]],
     avals: Callable[..., tuple[list[Any], Any]],
@@ -300,11 +308,11 @@ def define_primitive(
     batch: Callable[..., Any],
     dce: Callable[..., Any] | None = None,
     transpose: Callable[..., list[Any]] | None = None,
-) -> Any:
-    """Registers a primitive with several results under all of JAX's rule tables.
+) -> None:
+    """Enters a primitive in all of JAX's rule tables.
 
     Args:
-      name: what jaxprs print.
+      primitive: from `new_primitive`.
       run: evaluates it on arrays.
       avals: gives output avals and effects.
       emit: the traceable function that it is lowered as.
@@ -314,8 +322,6 @@ def define_primitive(
       dce: called with (used outputs, equation); 0.12 passes live inputs between.
       transpose: the rule for cotangents, None where the primitive is not linear.
     """
-    primitive = core.Primitive(name)
-    primitive.multiple_results = True
     primitive.def_impl(run)
     primitive.def_effectful_abstract_eval(avals)
     mlir.register_lowering(primitive, mlir.lower_fun(emit, multiple_results=True))
@@ -325,7 +331,6 @@ def define_primitive(
         ad.primitive_transposes[primitive] = transpose
     if dce is not None:
         pe.dce_rules[primitive] = lambda used, *rest: dce(used, rest[-1])
-    return primitive
 
 
 is_undefined = ad.is_undefined_primal
