@@ -8,11 +8,11 @@ The user's function is traced once and evaluated in pieces under `jax.checkpoint
 - *two levels*: the same within each segment of a coarser cut; in a long scan the body
   of the inner scan is checkpointed as well.
 
-What is searched: the bytes made within a segment, which fixes where the cuts are
-(`mwc.memory.segments`), and the length of a scan's segments. Both start at the value
-that the byte counts favour and go to the neighbouring one while the compiled temporary
-bytes fall, for at most `tries` compilations a level. A person who places
-checkpoints by hand may find something better in a program of several unlike parts.
+What is searched: the cuts with the lowest peak by byte counts (`mwc.memory.segments`),
+under several weights for what a segment makes, and the length of a scan's segments.
+Both start at the value that the byte counts favour and go to the neighbouring one while
+the compiled temporary bytes fall, for at most `tries` compilations a level. A person
+who places checkpoints by hand may find something better in a program of unlike parts.
 
 Limits: a scan inside a scan's body is not cut; `while` and `cond` are one equation.
 """
@@ -37,6 +37,10 @@ from passes.inline import inline
 
 Array = Any
 Flat = Callable[..., list[Array]]
+Cuts = tuple[int, ...]
+
+# How much more or less a byte made within a segment may count than estimated.
+_WEIGHTS = tuple(2 ** (e / 2) for e in range(-4, 5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Layout:
       levels: 1 or 2.
     """
 
-    outer: tuple[int, ...]
-    inner: tuple[int, ...]
+    outer: Cuts
+    inner: Cuts
     trips: tuple[int, ...]
     levels: int
 
@@ -94,46 +98,31 @@ class Checkpointed:
         return checkpointed
 
     def layouts(self, levels: int) -> tuple[list[list[Layout]], tuple[int, int]]:
-        """The layouts to search, a grid of (cut, scan) settings, and where to start."""
-        cuts = _distinct(self._cuts(levels))
+        """The layouts to search, a grid of (cut, scan) settings, and where to start.
+
+        The cuts come from few segments to many.
+        """
+        weighed = [self._cuts(levels, weight) for weight in _WEIGHTS]
+        cuts = _distinct(weighed)
         scans = _distinct(self._trips(levels))
         grid = [[Layout(c[0], c[1], t, levels) for t in scans] for c in cuts]
-        value = functools.partial(self._predicted_cuts, levels)
-        start = min(range(len(cuts)), key=lambda i: value(*cuts[i]))
         loops = [self._predicted_trips(levels, t) for t in scans]
+        start = cuts.index(weighed[_WEIGHTS.index(1.0)])
         return grid, (start, loops.index(min(loops)))
 
-    def _cuts(self, levels: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Outer and inner cuts, coarsest first."""
-        known, total = self._costs, self._costs.made[-1]
-        # Ten per cent of slack: equal blocks must not miss the bound by their rims.
-        if levels == 1:
-            found = [segments.cut(known, 1.1 * total / k) for k in _counts(1, 256)]
-            return [(c, c) for c in found]
-        fine = _distinct(
-            [segments.cut(known, 1.1 * total / k) for k in _counts(2, 1024)]
-        )
-        value = functools.partial(self._predicted_cuts, levels)
-        pairs = []
-        for groups in _counts(2, 32):
-            bound = 1.1 * total / groups
-            nested = [(segments.cut(known, bound, inner), inner) for inner in fine]
-            pairs.append(min(nested, key=lambda pair: value(*pair)))
-        return pairs
-
-    def _predicted_cuts(
-        self, levels: int, outer: tuple[int, ...], inner: tuple[int, ...]
-    ) -> int:
+    def _cuts(self, levels: int, weight: float) -> tuple[Cuts, Cuts]:
+        """The best outer and inner cuts when a byte made counts `weight`."""
         known = self._costs
         if levels == 1:
-            return segments.predicted(known, outer)
-        kept = sum(known.crossing[p] for p in outer[1:-1])
-        groups = itertools.pairwise(outer)
-        worst = [
-            segments.predicted(known, [p for p in inner if start <= p <= stop])
-            for start, stop in groups
-        ]
-        return kept + max(worst, default=0)
+            outer = segments.lowest(known, weight)
+            return outer, outer
+        pairs = [(segments.lowest(known, weight, inner), inner) for inner in self._fine]
+        return min(pairs, key=lambda p: segments.predicted(known, weight, *p))
+
+    @functools.cached_property
+    def _fine(self) -> list[Cuts]:
+        counts = [round(2 ** (e / 2)) for e in range(4, 17)]
+        return _distinct([segments.even(self._costs, k) for k in counts])
 
     def _trips(self, levels: int) -> list[tuple[int, ...]]:
         loops = self._costs.loops
@@ -326,12 +315,6 @@ def _nested(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
 
 def _flat(layout: Layout) -> Layout:
     return dataclasses.replace(layout, levels=1)
-
-
-def _counts(low: int, high: int) -> list[int]:
-    """Counts from low to high, about a factor of the square root of two apart."""
-    steps = math.ceil(2 * math.log2(high / low)) + 1
-    return sorted({min(high, round(low * 2 ** (e / 2))) for e in range(steps)})
 
 
 def _distinct(items: list[Any]) -> list[Any]:
