@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from mwc._check import CheckReport
-from mwc._compile import Compiled, Drift, moonwalk_compile
+from mwc._compile import Compiled, moonwalk_compile
+from mwc._gradients import Drift
 from mwc._trace import MoonwalkConcretizationError, MoonwalkTracerError
 from mwc.errors import (
     MoonwalkError,

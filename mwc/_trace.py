@@ -97,6 +97,13 @@ def unwrap(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.value if found(x) else x, tree, is_leaf=found)
 
 
+def has_static(tree: Any) -> bool:
+    """Whether a tree structure holds values that are not arrays."""
+    leaves = jax.tree.unflatten(tree, [0] * tree.num_leaves)
+    found = lambda x: isinstance(x, Static)  # noqa: E731
+    return any(map(found, jax.tree.leaves(leaves, is_leaf=found)))
+
+
 @dataclass(frozen=True)
 class Signature:
     """What is known of the user's function without calling it.

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.extend import core
 
-from mwc import _compile
+from mwc import _shared
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
@@ -75,5 +75,5 @@ def program(request, monkeypatch):
         builds.append(roles)
         return maker(jaxpr)
 
-    monkeypatch.setattr(_compile, "_build", build)
+    monkeypatch.setattr(_shared, "_build", build)
     return builds

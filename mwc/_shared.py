@@ -1,0 +1,140 @@
+"""The cache of one decorated function: a call in, a bound primitive out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mwc import _trace
+from mwc._options import Options
+from mwc._primitives import call_p
+from mwc._site import Site
+from mwc._spec import Spec
+from mwc._trace import Signature, is_array, unwrap, wrap
+from passes import _jax
+
+# More shapes than this for one function, and the programs are made again.
+_MOST_SPECS = 256
+
+
+class Entry(NamedTuple):
+    """What is kept for one trace.
+
+    Attributes:
+      site: the place of the primitive, with the spec.
+      out_tree: the structure of the results.
+      has_static: whether some results are not arrays.
+    """
+
+    site: Site
+    out_tree: Any
+    has_static: bool
+
+
+class Shared:
+    """What a decorated function and its bound methods have in common."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        signature: Signature,
+        options: Options,
+        argnums: int | tuple[int, ...],
+        has_aux: bool,
+    ):
+        self.fun = fun
+        self.signature = signature
+        self.options = options
+        self.argnums = argnums
+        self.has_aux = has_aux
+        self.entries: dict[Any, Entry] = {}
+        self.jitted = self.jit(lambda *a, **k: wrap(fun(*unwrap(a), **unwrap(k))))
+        self.gradients: dict[int, Any] = {}
+
+    def jit(self, fun: Callable[..., Any]) -> Any:
+        return jax.jit(
+            functools.wraps(self.fun, updated=())(fun),
+            static_argnums=self.signature.static_nums or None,
+            static_argnames=self.signature.static_names or None,
+        )
+
+    def prepared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """Arguments fit for jit, and the leaves that it traces."""
+        signature = self.signature
+        dynamic = args, kwargs
+        if signature.static_nums or signature.static_names:
+            signature.check_static(args, kwargs)
+            dynamic = signature.dynamic(args, kwargs)
+        leaves = jax.tree.leaves(dynamic)
+        if all(map(is_array, leaves)):
+            return args, kwargs, leaves
+        for leaf in leaves:
+            if not is_array(leaf):
+                signature.check_hashable("a leaf of the arguments", leaf)
+        nums = {n % len(args) for n in signature.static_nums if n < len(args)}
+        args = tuple(a if i in nums else wrap(a) for i, a in enumerate(args))
+        names = signature.static_names
+        kwargs = {k: v if k in names else wrap(v) for k, v in kwargs.items()}
+        return args, kwargs, [leaf for leaf in leaves if is_array(leaf)]
+
+    def entry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int
+    ) -> tuple[Entry, list[Any]]:
+        """What is kept for a call, and the values that the function captured."""
+        traced = _trace.traced(self.jitted, self.signature, args, kwargs)
+        captured = _jax.captured(traced)
+        # Jit gives the same jaxpr, the key here, for the same shapes and settings.
+        found = self.entries.get(traced.jaxpr)
+        if found is not None:
+            return found, captured
+        if len(self.entries) >= _MOST_SPECS:
+            self.entries.clear()
+        indices = _trace.positions(self.argnums, args, self.signature, bound)
+        jaxpr = _jax.hoisted(traced)
+        roles = ["data"] * len(captured)
+        roles += self._roles(args, kwargs, {*range(bound), *indices})
+        build = functools.partial(_build, jaxpr, tuple(roles), self.options)
+        name, source = self.signature.name, self.signature.source
+        site = Site(Spec(jaxpr, build, name=name, source=source))
+        made = Entry(site, traced.out_tree, _trace.has_static(traced.out_tree))
+        self.entries[traced.jaxpr] = made
+        return made, captured
+
+    def _roles(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: set[int]
+    ) -> list[str]:
+        static = {n % len(args) for n in self.signature.static_nums if n < len(args)}
+        roles = []
+        for index, arg in enumerate(args):
+            if index not in static:
+                role = "parameter" if index in indices else "data"
+                roles += [role] * len(jax.tree.leaves(arg))
+        _, dynamic = self.signature.dynamic(args, kwargs)
+        return roles + ["data"] * len(jax.tree.leaves(dynamic))
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int
+    ) -> Any:
+        if jax.config.jax_disable_jit:
+            # As jit does then: plain Python, in which values can be looked at.
+            return self.fun(*args, **kwargs)
+        args, kwargs, leaves = self.prepared(args, kwargs)
+        entry, captured = self.entry(args, kwargs, bound)
+        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
+        jaxpr = entry.site.spec.jaxpr
+        outs = call_p.bind(*captured, *leaves, site=entry.site, jaxpr=jaxpr)
+        out = jax.tree.unflatten(entry.out_tree, outs)
+        return unwrap(out) if entry.has_static else out
+
+
+def _build(jaxpr: Any, roles: tuple[str, ...], options: Options) -> Any:
+    # The engine imports much that a function never differentiated does not need.
+    from mwc import _engine
+
+    return _engine.build(jaxpr, roles, options)
