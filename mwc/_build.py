@@ -15,13 +15,18 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from mwc.stages import Straight
+from mwc.loops import Loop
+from mwc.stages import Stage, Straight
+from passes import _jax
+from passes.chain import is_loop
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
+from passes.inline import inline
 from passes.linearise import Linear, linearise
 from passes.residuals import narrowest, packed_bytes
 
 _SMALL = 1 / 8  # of the bytes of the stage's state: what counts as bits
+_FREE = 0.1  # of a loop body's matrix products: what a leaf may run again
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,8 +50,35 @@ class Builder:
         self._outside, self._tangents = outside, tangents
         self._kinds: dict[Any, _Kind] = {}
 
-    def stage(self, graph: Graph) -> Straight:
-        """The stage of a piece."""
+    def stage(self, graph: Graph) -> Stage:
+        """The stage of a piece: a loop, or straight-line code."""
+        if len(graph.eqns) == 1 and is_loop(graph.eqns[0]):
+            return self._loop(graph) or self.straight(graph)
+        return self.straight(graph)
+
+    def _loop(self, graph: Graph) -> Loop | None:
+        """A scan as a loop; None where its body has arrays of its own."""
+        eqn = graph.eqns[0]
+        if _jax.opened(eqn.params["jaxpr"])[1]:
+            return None
+        body = inline(eqn.params["jaxpr"])
+        consts, carries = _jax.scan_layout(eqn)
+        carry = body.invars[consts : consts + carries]
+        outer = [*eqn.invars[:consts], *eqn.outvars[:carries]]
+        outer += eqn.invars[consts + carries :]
+        moving = {
+            v
+            for v, o in zip(body.invars, outer, strict=True)
+            if is_var(o) and o in self._tangents
+        }
+        inner = Builder({*body.invars} - {*carry}, moving)
+        stage = inner.straight(body)
+        whole = sum(matrix_cost(e) for e in body.eqns)
+        pruned = rerun_cost(stage.linear, stage.bit_vars) <= _FREE * whole
+        return Loop(graph, stage, group=1, slots=0, pruned=pruned)
+
+    def straight(self, graph: Graph) -> Straight:
+        """The stage of straight-line code."""
         active = tuple(v in self._tangents for v in graph.invars)
         state = tuple(v not in self._outside for v in graph.invars)
         key = (_shape_of(graph), active, state)
@@ -55,8 +87,8 @@ class Builder:
         kind = self._kinds[key]
         # An input or result among the residuals is kept under its chain name.
         linear = kind.linear
-        chain = dict(zip(linear.outs, graph.outvars, strict=True)) if True else {}
-        chain = {f: v for f, v in chain.items() if is_var(f)}
+        pairs = zip(linear.outs, graph.outvars, strict=True)
+        chain = {f: v for f, v in pairs if is_var(f) and is_var(v)}
         chain |= dict(zip(linear.fwd.invars, graph.invars, strict=True))
         names = tuple(chain[v] for v in kind.kept if v in chain)
         own = tuple(v for v in kind.kept if v not in chain)

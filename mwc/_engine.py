@@ -48,13 +48,13 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     ]
     cut = chain(graph, sides(graph, parameters, cost))
     tangents = carries_tangent(graph, graph.invars, is_inexact)
-    learned = carries_tangent(graph, parameters or graph.invars, is_inexact)
     outside = {*graph.invars, *cut.prologue.outvars}
     builder = Builder(outside, tangents)
     stages = tuple(builder.stage(piece.graph) for piece in cut.pieces)
-    prologue = builder.stage(cut.prologue)
-    chosen = schedule(stages, [p.crossing for p in cut.pieces], learned, options)
-    node = Checkpoint(stages, tuple(p.crossing for p in cut.pieces), chosen.schedule)
+    prologue = builder.straight(cut.prologue)
+    crossing = tuple(p.crossing for p in cut.pieces)
+    stages, chosen = schedule(stages, crossing, builder, options)
+    node = Checkpoint(stages, crossing, chosen.schedule)
     plan = describe(node, prologue, chosen, graph, options)
     return Emitted(jaxpr, graph, prologue, node, plan)
 

@@ -51,6 +51,7 @@ __all__ = [
     "sub_jaxprs",
     "trace_context",
     "without_debug",
+    "zeros",
 ]
 
 Eqn = Any
@@ -344,3 +345,12 @@ def run_jaxpr(jaxpr: Jaxpr, *args: Any) -> list[Any]:
 def keeps_effects(eqn: Eqn) -> bool:
     """Whether an equation must stay though none of its outputs is used."""
     return any(not pe.dceable_effects.contains(effect) for effect in eqn.effects)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """Zeros that vary over the same mesh axes as the aval `like`.
+
+    Inside `shard_map`, a loop's carry must enter with the axes it leaves with.
+    """
+    found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
+    return jax.lax.pcast(found, axes, to="varying") if axes else found

@@ -20,12 +20,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from passes.depend import Side, last_reads
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
+_STEPS = 4  # shorter loops are one equation like others
 _SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy
 
 
@@ -72,7 +74,8 @@ def chain(graph: Graph, sides: Sequence[Side]) -> Chain:
     groups = [state[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     if not state:
         groups = [[]]
-    shared, own = _sink(graph, sides, groups)
+    alone = {n for n, g in enumerate(groups) if len(g) == 1 and is_loop(graph.eqns[g[0]])}
+    shared, own = _sink(graph, sides, groups, alone)
     stages = [sorted(o + g) for o, g in zip(own, groups, strict=True)]
     return _assemble(graph, sorted(shared), stages)
 
@@ -86,8 +89,9 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     matrices = any(c.matrix for c in counts)
     costs = [c.matrix if matrices else c.elementwise for c in counts]
     floor = _SHARE * sum(costs)
-    heavy = [p for p in range(count) if costs[p] > floor or _loops(graph, state[p])]
-    cuts = []
+    loops = [p for p in range(count) if is_loop(graph.eqns[state[p]])]
+    heavy = [p for p in range(count) if costs[p] > floor or p in set(loops)]
+    cuts = [c for p in loops for c in (p, p + 1) if 0 < c < count]
     for before, after in zip(heavy, heavy[1:], strict=False):
         cuts.append(min(range(before + 1, after + 1), key=lambda c: widths[c]))
     if heavy and heavy[-1] + 1 < count:
@@ -112,8 +116,10 @@ def _split_long(cuts: list[int], count: int, widths: list[int]) -> list[int]:
     return found
 
 
-def _loops(graph: Graph, index: int) -> bool:
-    return graph.eqns[index].primitive.name in ("scan", "while")
+def is_loop(eqn: Any) -> bool:
+    """Whether an equation is a stage of its own that keeps its loop form."""
+    name = eqn.primitive.name
+    return name == "scan" and eqn.params["length"] >= _STEPS and not eqn.effects
 
 
 def _widths(graph: Graph, state: list[int]) -> list[int]:
@@ -133,11 +139,11 @@ def _widths(graph: Graph, state: list[int]) -> list[int]:
 
 
 def _sink(
-    graph: Graph, sides: Sequence[Side], groups: list[list[int]]
+    graph: Graph, sides: Sequence[Side], groups: list[list[int]], alone: set[int]
 ) -> tuple[set[int], list[list[int]]]:
     """Gives each parameter-side equation to the only stage that reads it.
 
-    Constant equations go to every stage that reads them.
+    Constant equations go to every stage that reads them. Stages in `alone` take none.
     """
     outside = -1
     readers: dict[Var, set[int]] = {}
@@ -148,7 +154,8 @@ def _sink(
         for i in group:
             for v in graph.eqns[i].invars:
                 if is_var(v):
-                    readers.setdefault(v, set()).add(stage)
+                    reader = outside if stage in alone else stage
+                    readers.setdefault(v, set()).add(reader)
     shared: set[int] = set()
     own: list[list[int]] = [[] for _ in groups]
     for i in reversed(range(len(graph.eqns))):

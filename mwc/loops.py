@@ -1,0 +1,382 @@
+"""`Loop`: a scan as a stage that keeps its loop form in every sweep.
+
+The first pass keeps the carry at the steps that a binomial schedule names, in a
+buffer of `slots` states, and the body's sign bits for every step. The backward is a
+loop over *leaves*, last first: it advances from a kept carry (an inner loop, which
+may fill freed slots on its way), then pulls through the leaf. A leaf is
+
+- one step, pulled from its carry and its bits without running it, where the body's
+  input cotangent needs small residuals only (`group` = 1, `pruned`);
+- otherwise `group` steps, run again with their residuals stored.
+
+Per-step inputs are indexed in their full stacks, gradients of stacked weights are
+written in place, and the schedule is a table (`passes.binomial`), so the code does
+not grow with the number of steps. Source: DESIGN section 4 and 7. Limits: the body
+is one stage; loops with effects keep JAX's own derivative.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mwc import packing
+from mwc.stages import Straight, Values
+from passes import _jax
+from passes.binomial import Instructions, instructions
+from passes.graph import Graph, Var, evaluate, is_var, read
+from passes.linearise import is_inexact
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """A scan.
+
+    Attributes:
+      graph: one equation, the scan, in the chain's variables.
+      body: its body as a stage; constants, carries and per-step inputs, in order.
+      group: steps of a leaf.
+      slots: states that are kept.
+      pruned: whether a leaf starts from bits.
+    """
+
+    graph: Graph
+    body: Straight
+    group: int
+    slots: int
+    pruned: bool
+
+    @property
+    def eqn(self) -> Any:
+        """The scan."""
+        return self.graph.eqns[0]
+
+    @property
+    def bits(self) -> int:
+        """A loop has no leaf but its own."""
+        return 0
+
+    @property
+    def kept(self) -> int:
+        """Slots of each carry, and stacks of bits."""
+        carries = self.counts[1] if self.slots else 0
+        return carries + (self.body.bits if self.pruned else 0)
+
+    @property
+    def names(self) -> tuple[Var, ...]:
+        """All operands."""
+        return tuple(dict.fromkeys(v for v in self.eqn.invars if is_var(v)))
+
+    @functools.cached_property
+    def plan(self) -> Instructions:
+        """The schedule, counted in leaves."""
+        return instructions(-(-self.length // self.group), self.slots)
+
+    @property
+    def length(self) -> int:
+        """Steps."""
+        return self.eqn.params["length"]
+
+    @property
+    def carries(self) -> slice:
+        """Where the carries stand among the body's inputs."""
+        consts, carries, _, _ = self.counts
+        return slice(consts, consts + carries)
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Numbers of constants, carries, per-step inputs and per-step outputs."""
+        consts, carries = _jax.scan_layout(self.eqn)
+        inputs = len(self.eqn.invars) - consts - carries
+        return consts, carries, inputs, len(self.eqn.outvars) - carries
+
+    def run(self, values: Values, effects: bool = False) -> None:
+        """Binds the results in `values`: the user's own scan."""
+        env = {v: values[v] for v in self.graph.invars}
+        outs = evaluate(self.graph, env, self.graph.outvars, effects)
+        values.update(zip(self.graph.outvars, outs, strict=True))
+
+    def first(self, values: Values, store: bool, effects: bool) -> list[Array]:
+        """Binds the results in `values` and returns what is kept."""
+        if not store:
+            self.run(values, effects)
+            return []
+        return _Sweeps(self, values).first(values)
+
+    def pull(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        cts: Mapping[Var, Array],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of those inputs that are in `wanted`."""
+        if not stored:
+            saved = self.first(dict(values), store=True, effects=False)
+        return _Sweeps(self, values).pull(saved, cts, wanted)
+
+
+class _Sweeps:
+    """The loops that a `Loop` emits, for given operands."""
+
+    def __init__(self, loop: Loop, values: Values):
+        self._loop, self._body = loop, loop.body
+        consts, carries, _, _ = loop.counts
+        operands = [read(values, v) for v in loop.eqn.invars]
+        self._consts = operands[:consts]
+        self._init = [jnp.asarray(x) for x in operands[consts : consts + carries]]
+        self._xs = operands[consts + carries :]
+        invars, outvars = loop.body.graph.invars, loop.body.graph.outvars
+        self._const_vars = invars[:consts]
+        self._carry_vars = invars[consts : consts + carries]
+        self._x_vars = invars[consts + carries :]
+        self._next_vars = outvars[:carries]
+        self._y_vars = outvars[carries:]
+        self._length = loop.length
+
+    # One step -----------------------------------------------------------------
+
+    def _at(self, step: Array) -> Array:
+        """The index of a step in the stacks."""
+        return self._length - 1 - step if self._loop.eqn.params["reverse"] else step
+
+    def _inputs(self, step: Array, carry: Sequence[Array]) -> Values:
+        at = self._at(step)
+        values = dict(zip(self._const_vars, self._consts, strict=True))
+        values.update(zip(self._carry_vars, carry, strict=True))
+        values.update((v, _take(x, at)) for v, x in zip(self._x_vars, self._xs))
+        return values
+
+    def _outputs(self, values: Values, atoms: Sequence[Any]) -> list[Array]:
+        return [read(values, v) for v in atoms]
+
+    def _advance(self, carry: Sequence[Array], start: Array, stop: Array):
+        """The carry before `stop` from the one before `start`."""
+
+        def step(i: Array, carry: list[Array]) -> list[Array]:
+            values = self._inputs(i, carry)
+            return evaluate(self._body.graph, values, self._next_vars)
+
+        return lax.fori_loop(start, stop, step, list(carry))
+
+    # The first pass -----------------------------------------------------------
+
+    def first(self, values: Values) -> list[Array]:
+        """Runs the loop, keeping slots and bits; binds its results."""
+        loop, body = self._loop, self._body
+        marks = np.full(self._length + 1, -1, np.int32)
+        for slot, leaf in enumerate(loop.plan.spine):
+            marks[leaf * loop.group] = slot
+        table = jnp.asarray(marks)
+        bit_vars = body.bit_vars if loop.pruned else ()
+        slots = [_stack_like(x, loop.slots) for x in self._init] if loop.slots else []
+        bits = [_zeros(self._length, _packed(v), v) for v in bit_vars]
+        results = loop.eqn.outvars[loop.counts[1] :]
+        used = [not _jax.is_drop(v) for v in results]
+        ys = [
+            _zeros(self._length, v.aval, v)
+            for v, u in zip(self._y_vars, used, strict=True)
+            if u
+        ]
+        y_vars = [v for v, u in zip(self._y_vars, used, strict=True) if u]
+
+        def step(i: Array, state: Any) -> Any:
+            carry, slots, bits, ys = state
+            if slots:
+                # Zero or one trip: a conditional would copy the slots.
+                write = lambda _, s: [_put(b, x, table[i]) for b, x in zip(s, carry)]
+                slots = lax.fori_loop(0, (table[i] >= 0).astype(jnp.int32), write, slots)
+            values = self._inputs(i, carry)
+            kept = body.first(values, store=False, effects=False)
+            kept = kept if loop.pruned else []
+            at = self._at(i)
+            bits = [_put(b, x, at) for b, x in zip(bits, kept, strict=True)]
+            out = self._outputs(values, y_vars)
+            ys = [_put(b, x, at) for b, x in zip(ys, out, strict=True)]
+            return self._outputs(values, self._next_vars), slots, bits, ys
+
+        state = (self._init, slots, bits, ys)
+        carry, slots, bits, ys = lax.fori_loop(0, self._length, step, state)
+        given = iter(ys)
+        outs = [*carry, *(next(given) if u else None for u in used)]
+        for v, x in zip(loop.eqn.outvars, outs, strict=True):
+            if not _jax.is_drop(v):
+                values[v] = x
+        return [*slots, *bits]
+
+    # The backward pass --------------------------------------------------------
+
+    def pull(
+        self, saved: Sequence[Array], cts: Mapping[Var, Array], wanted: Collection[Var]
+    ) -> Values:
+        """Cotangents of the wanted operands."""
+        loop, body = self._loop, self._body
+        carries = loop.counts[1] if loop.slots else 0
+        slots, bits = list(saved[:carries]), list(saved[carries:])
+        ask = self._asked(wanted)
+        c_vars = [v for v in self._const_vars if v in ask]
+        h_vars = [v for v in self._carry_vars if v in ask]
+        x_vars = [v for v in self._x_vars if v in ask]
+        nexts = dict(zip(self._carry_vars, self._next_vars, strict=True))
+        results = dict(zip(self._carry_vars, loop.eqn.outvars, strict=False))
+        g_consts = [_zeros(None, v.aval, v) for v in c_vars]
+        g_xs = [_zeros(self._length, v.aval, v) for v in x_vars]
+        g_carry = [
+            cts[results[v]] if results[v] in cts else _zeros(None, v.aval, v)
+            for v in h_vars
+        ]
+        names = zip(self._y_vars, loop.eqn.outvars[loop.counts[1] :], strict=True)
+        y_cts = [(v, cts[r]) for v, r in names if r in cts and is_var(v)]
+
+        def pull_step(i: Array, carry: Any, kept: Any, stored: bool, grads: Any) -> Any:
+            g_carry, g_consts, g_xs = grads
+            at = self._at(i)
+            due: Values = {}
+            pairs = [(nexts[v], g) for v, g in zip(h_vars, g_carry, strict=True)]
+            for v, ct in (*pairs, *((v, _take(ct, at)) for v, ct in y_cts)):
+                if is_var(v):
+                    due[v] = due[v] + ct if v in due else ct
+            values = self._inputs(i, carry)
+            found = body.pull(values, kept, stored, due, ask)
+            # A result that is an input of the body passes its cotangent on.
+            for v in (*c_vars, *h_vars, *x_vars):
+                if v in due and v not in body.graph.producer:
+                    found[v] = found[v] + due[v] if v in found else due[v]
+            zero = lambda v: _zeros(None, v.aval, v)
+            g_xs = [
+                _put(b, found[v], at) if v in found else b
+                for b, v in zip(g_xs, x_vars, strict=True)
+            ]
+            g_consts = [
+                g + found[v] if v in found else g
+                for g, v in zip(g_consts, c_vars, strict=True)
+            ]
+            g_carry = [found[v] if v in found else zero(v) for v in h_vars]
+            return g_carry, g_consts, g_xs
+
+        leaf = self._pruned_leaf if loop.pruned else self._stored_leaf
+        grads = self._leaves(slots, bits, (g_carry, g_consts, g_xs), leaf, pull_step)
+        g_carry, g_consts, g_xs = grads
+        operand = dict(zip(body.graph.invars, loop.eqn.invars, strict=True))
+        found: Values = {}
+        pairs = zip((*h_vars, *c_vars, *x_vars), (*g_carry, *g_consts, *g_xs))
+        for v, g in pairs:
+            outer = operand[v]
+            if is_var(outer) and outer in wanted:
+                found[outer] = found[outer] + g if outer in found else g
+        return found
+
+    def _asked(self, wanted: Collection[Var]) -> set[Var]:
+        """The body's inputs whose cotangents lead to a wanted operand."""
+        body, eqn = self._body, self._loop.eqn
+        pairs = zip(body.graph.invars, eqn.invars, strict=True)
+        found = {v for v, o in pairs if is_var(o) and o in wanted and is_inexact(v)}
+        carries = zip(self._carry_vars, eqn.outvars, strict=False)
+        found |= {v for v, o in carries if o in wanted and is_inexact(v)}
+        return found
+
+    def _leaves(
+        self, slots: Any, bits: Any, grads: Any, leaf: Callable, pull_step: Callable
+    ) -> Any:
+        """The loop over leaves, with the advances that each one asks for."""
+        loop, plan = self._loop, self._loop.plan
+        scale = np.array([1, loop.group, loop.group, 1], np.int32)
+        advances = np.array(plan.advances or [(0, 0, 0, 1)], np.int32) * scale
+        scale = np.array([1, loop.group, loop.group, 1, 1], np.int32)
+        leaves = jnp.asarray(np.array(plan.leaves, np.int32) * scale)
+        advances = jnp.asarray(advances)
+
+        def load(slots: Any, source: Array) -> list[Array]:
+            if not slots:
+                return self._init
+            at = jnp.maximum(source - 1, 0)
+            given = zip(slots, self._init, strict=True)
+            return [jnp.where(source == 0, x, _take(b, at)) for b, x in given]
+
+        def advance(a: Array, slots: Any) -> Any:
+            source, start, stop, target = (advances[a, k] for k in range(4))
+            carry = self._advance(load(slots, source), start, stop)
+            return [_put(b, x, target - 1) for b, x in zip(slots, carry, strict=True)]
+
+        def step(n: Array, state: Any) -> Any:
+            slots, grads = state
+            source, start, stop, low, high = (leaves[n, k] for k in range(5))
+            if slots and plan.advances:
+                slots = lax.fori_loop(low, high, advance, slots)
+            carry = self._advance(load(slots, source), start, stop)
+            return slots, leaf(stop, carry, bits, grads, pull_step)
+
+        _, grads = lax.fori_loop(0, len(plan.leaves), step, (slots, grads))
+        return grads
+
+    def _pruned_leaf(
+        self, i: Array, carry: Any, bits: Any, grads: Any, pull_step: Callable
+    ) -> Any:
+        kept = [_take(b, self._at(i)) for b in bits]
+        return pull_step(i, carry, kept, False, grads)
+
+    def _stored_leaf(
+        self, i: Array, carry: Any, bits: Any, grads: Any, pull_step: Callable
+    ) -> Any:
+        """Runs the steps of a leaf with their residuals stored, then pulls."""
+        loop, body = self._loop, self._body
+        if loop.group == 1:
+            return pull_step(i, carry, [], False, grads)
+        stop = jnp.minimum(i + loop.group, self._length)
+        held = [v for v in body.names if v in self._carry_vars]
+        outs = [v for v in body.names if v in body.graph.producer]
+        stacks = [_zeros(loop.group, v.aval, v) for v in (*held, *outs)]
+        stacks += [_zeros(loop.group, _packed(v), v) for v in body.kept_vars]
+
+        def forward(k: Array, state: Any) -> Any:
+            carry, stacks = state
+            values = self._inputs(k, carry)
+            kept = body.first(values, store=True, effects=False)
+            names = [values[v] for v in (*held, *outs)]
+            rows = zip(stacks, (*names, *kept), strict=True)
+            stacks = [_put(b, x, k - i) for b, x in rows]
+            return self._outputs(values, self._next_vars), stacks
+
+        _, stacks = lax.fori_loop(i, stop, forward, (carry, stacks))
+
+        def backward(k: Array, grads: Any) -> Any:
+            k = stop - 1 - (k - i)
+            rows = [_take(b, k - i) for b in stacks]
+            names = dict(zip((*held, *outs), rows, strict=False))
+            past = [names.get(v, x) for v, x in zip(self._carry_vars, carry)]
+            return pull_step(k, past, rows[len(names) :], True, grads)
+
+        return lax.fori_loop(i, stop, backward, grads)
+
+
+def _take(stack: Array, at: Array) -> Array:
+    return lax.dynamic_index_in_dim(stack, at, 0, keepdims=False)
+
+
+def _put(stack: Array, x: Array, at: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), at, 0)
+
+
+def _stack_like(x: Array, count: int) -> Array:
+    return jnp.broadcast_to(x[None], (count, *x.shape))
+
+
+def _packed(v: Var) -> Any:
+    """Shape and dtype of a value as it is kept."""
+    aval = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
+    return jax.eval_shape(packing.pack, aval)
+
+
+def _zeros(count: int | None, aval: Any, like: Var) -> Array:
+    shape = aval.shape if count is None else (count, *aval.shape)
+    return _jax.zeros(shape, aval.dtype, like.aval)
