@@ -10,9 +10,9 @@ The user's function is traced once and evaluated in pieces under `jax.checkpoint
 
 What is searched: the cuts with the lowest peak by byte counts (`mwc.memory.segments`),
 under several weights for what a segment makes, and the length of a scan's segments.
-Both start at the value that the byte counts favour and go to the neighbouring one while
-the compiled temporary bytes fall, for at most `tries` compilations a level. A person
-who places checkpoints by hand may find something better in a program of unlike parts.
+Both start at the value that the byte counts favour and go on to the neighbours of what
+has the fewest compiled temporary bytes, for at most `tries` compilations a level. A
+person who places checkpoints by hand may find better in a program of unlike parts.
 
 Limits: a scan inside a scan's body is not cut; `while` and `cond` are one equation.
 """
@@ -207,29 +207,34 @@ def search(
       The layout and its figures.
     """
     grid, place = form.layouts(levels)
-    seen: dict[Layout, dict[str, Any]] = {}
+    found: dict[tuple[int, int], dict[str, Any]] = {
+        place: compiled(form.fun(_at(grid, place)))
+    }
+    while len(found) < tries:
+        # Among equals every one is a place to go on from: plateaus are common.
+        best = min(figures["temp_bytes"] for figures in found.values())
+        fronts = [at for at, figures in found.items() if figures["temp_bytes"] == best]
+        steps = [
+            (at[0] + down, at[1] + right)
+            for at in fronts
+            for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0))
+        ]
+        fresh = [
+            at
+            for at in steps
+            if at not in found
+            and at[0] in range(len(grid))
+            and at[1] in range(len(grid[0]))
+        ]
+        if not fresh:
+            break
+        found[fresh[0]] = compiled(form.fun(_at(grid, fresh[0])))
+    place = min(found, key=lambda at: found[at]["temp_bytes"])
+    return _at(grid, place), found[place]
 
-    def temp(at: tuple[int, int]) -> float:
-        layout = grid[at[0]][at[1]]
-        if layout not in seen:
-            if len(seen) >= tries:
-                return math.inf
-            seen[layout] = compiled(form.fun(layout))
-        return seen[layout]["temp_bytes"]
 
-    moves = ((0, -1), (0, 1), (-1, 0), (1, 0))
-    best, moved = temp(place), True
-    while moved:
-        moved = False
-        for move in moves:
-            at = (place[0] + move[0], place[1] + move[1])
-            if not (0 <= at[0] < len(grid) and 0 <= at[1] < len(grid[0])):
-                continue
-            if temp(at) < best:
-                best, place, moved = temp(at), at, True
-                break
-    layout = grid[place[0]][place[1]]
-    return layout, seen[layout]
+def _at(grid: list[list[Layout]], place: tuple[int, int]) -> Layout:
+    return grid[place[0]][place[1]]
 
 
 def nested_scan(

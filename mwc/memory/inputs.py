@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mwc.errors import MoonwalkTypeError
@@ -26,6 +25,8 @@ class FlatCall:
       kwargs: keyword arguments.
       argnums: the positional arguments to differentiate in.
       has_aux: whether the function returns (loss, auxiliary results).
+      static_argnums: positional arguments that stay inside the function.
+      static_argnames: keyword arguments that do.
 
     Attributes:
       specs: the `ShapeDtypeStruct`s of the flat arrays.
@@ -38,6 +39,8 @@ class FlatCall:
         kwargs: Mapping[str, Any],
         argnums: int | Sequence[int],
         has_aux: bool,
+        static_argnums: Sequence[int] = (),
+        static_argnames: Sequence[str] = (),
     ):
         positions = {argnums} if isinstance(argnums, int) else set(argnums)
         for n in positions:
@@ -48,14 +51,20 @@ class FlatCall:
         positions = {n % len(args) for n in positions}
         paths, self._tree = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
         self._leaves = [leaf for _, leaf in paths]
-        self._dynamic = [i for i, leaf in enumerate(self._leaves) if is_array(leaf)]
+        static = {n % len(args) for n in static_argnums if n < len(args)}
+        names = set(static_argnames)
+        self._dynamic = [
+            i
+            for i, (path, leaf) in enumerate(paths)
+            if is_array(leaf) and not _within(path, static, names)
+        ]
         self._has_aux = has_aux
         arrays = [self._leaves[i] for i in self._dynamic]
         self.specs: list[Any] = list(jax.eval_shape(lambda xs: xs, arrays))
         self.wanted = tuple(
             n
             for n, i in enumerate(self._dynamic)
-            if paths[i][0][0].idx == 0 and paths[i][0][1].idx in positions
+            if _within(paths[i][0], positions, set())
         )
 
     def bind(self, fun: Callable[..., Any]) -> Callable[..., list[Any]]:
@@ -91,8 +100,14 @@ class FlatCall:
         return program
 
 
+def _within(path: tuple[Any, ...], positions: set[int], names: set[str]) -> bool:
+    """Whether a path in (args, kwargs) is within one of some arguments."""
+    part, place = path[0].idx, path[1]
+    return place.idx in positions if part == 0 else place.key in names
+
+
 def is_array(leaf: Any) -> bool:
     """Whether JAX would trace a leaf."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
-        return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype.kind in "bV"
-    return isinstance(leaf, numbers.Number)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUmM"
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | numbers.Number)

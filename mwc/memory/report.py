@@ -27,8 +27,9 @@ import rich.table
 
 from mwc.errors import MoonwalkError, MoonwalkValueError
 from mwc.memory import baselines, compiling, targets
+from mwc.memory.emitted import emitted
 from mwc.memory.inputs import FlatCall
-from passes.flops import Expand, flops
+from passes.flops import flops
 
 METHODS = ("backprop", "checkpoint", "checkpoint-2", "moonwalk")
 
@@ -134,7 +135,8 @@ def measure(
     has_aux: bool = False,
     methods: Sequence[str] | None = None,
     value: bool = True,
-    expand: Expand | None = None,
+    static_argnums: Sequence[int] = (),
+    static_argnames: Sequence[str] = (),
     tries: int = 6,
     progress: Callable[[str], None] | None = None,
 ) -> MemoryReport:
@@ -151,7 +153,8 @@ def measure(
       has_aux: whether the function returns (loss, auxiliary results).
       methods: the rows wanted; all that there are by default.
       value: False measures `jax.grad` in place of `jax.value_and_grad`.
-      expand: how to count the operations of primitives that hide their program.
+      static_argnums: positional arguments that stay inside the function.
+      static_argnames: keyword arguments that do.
       tries: most compilations for each level of checkpoints.
       progress: called with the name of each method as it begins.
 
@@ -178,7 +181,9 @@ def measure(
             f"the method {unknown[0]!r} is unknown",
             expected="some of " + ", ".join(map(repr, (*METHODS[:3], *ours))),
         )
-    meter = _Meter(FlatCall(args, kwargs or {}, argnums, has_aux), place, value, expand)
+    static = static_argnums, static_argnames
+    call = FlatCall(args, kwargs or {}, argnums, has_aux, *static)
+    meter = _Meter(call, place, value)
     rows: list[Row] = []
     failures: list[Exception] = []
     form: baselines.Checkpointed | None = None
@@ -206,17 +211,10 @@ def measure(
 class _Meter:
     """Differentiates flat functions, compiles them and fills rows."""
 
-    def __init__(
-        self,
-        call: FlatCall,
-        target: targets.Target,
-        value: bool,
-        expand: Expand | None,
-    ):
+    def __init__(self, call: FlatCall, target: targets.Target, value: bool):
         self.call = call
         self._target = target
         self._value = value
-        self._expand = expand
 
     def row(self, method: str, flat: baselines.Flat, note: str = "") -> Row:
         """The row of one differentiated function."""
@@ -232,8 +230,9 @@ class _Meter:
         """Figures of the gradient of a flat function."""
         start = time.perf_counter()
         jitted = jax.jit(self.call.gradient(flat, self._value))
-        count = flops(jitted.trace(*self.call.specs).jaxpr, self._expand)
+        jaxpr = jitted.trace(*self.call.specs).jaxpr
         traced = time.perf_counter() - start
+        count = flops(jaxpr, emitted)
         found = compiling.compile_for(self._target, jitted, self.call.specs)
         return {**found, "flops": count.total, "trace_seconds": traced}
 
