@@ -103,9 +103,9 @@ def forward_jvp(
     results = _moving_results(site.spec, moving)
     if not any(results):
         return both, [*(_jax.as_zero(x) for x in outs), *still]
-    if site.spec.has_custom_vjp:
-        # Reverse mode ran the forward of the custom rule, whose code is what is
-        # differentiated now; forward mode would refuse the rule.
+    if site.spec.has_custom_rule:
+        # Reverse mode ran what the custom rule computes besides its derivative, and
+        # the code of that is what is differentiated now.
         found = _plain_jvp(through_vjp_lane, _call_site(site), primals, tangents)
         return both, [*_with_zeros(outs, results, choose(results, found)), *still]
     whole = _forward_site(site, moving)
@@ -245,7 +245,7 @@ def transpose_of(linear: bool) -> Callable[..., list[Any]]:
 def _transposed_gradient(
     site: Site, ins: Sequence[Any], cts: Sequence[Any], open_: Sequence[bool]
 ) -> list[Any]:
-    """The transpose of a gradient that a custom rule defines: of that rule, not of J."""
+    """The transpose of a gradient that a custom rule defines, instead of J."""
     start = site.start
     some = _fewer_last(backward_p, site, open_)
     fun = apply(some.levels, gradient_lane(some))

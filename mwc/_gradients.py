@@ -68,13 +68,13 @@ class Gradients:
             return self._split(out)
 
         moving = [x for x, f in zip(leaves, flags, strict=True) if f]
-        value, found = jax.value_and_grad(loss, has_aux=True)(moving)
+        (value, aux), found = jax.value_and_grad(loss, has_aux=True)(moving)
         rest = iter(found)
         grads = jax.tree.unflatten(tree, [next(rest) if f else None for f in flags])
-        result = value if self.shared.has_aux else value[0]
+        result = (value, aux) if self.shared.has_aux else value
         return result, grads[0] if isinstance(argnums, int) else tuple(grads)
 
-    def _split(self, out: Any) -> tuple[Any, tuple[Any, Any]]:
+    def _split(self, out: Any) -> tuple[Any, Any]:
         signature, aux = self.shared.signature, None
         if self.shared.has_aux:
             if not (isinstance(out, (tuple, list)) and len(out) == 2):
@@ -100,7 +100,7 @@ class Gradients:
                 remedy="cast the loss, for example with .astype(float)",
                 source=signature.source,
             )
-        return out, (out, aux)
+        return out, aux
 
     def _check_arguments(self, chosen: Sequence[Any]) -> None:
         signature, argnums = self.shared.signature, self.shared.argnums

@@ -87,7 +87,8 @@ class Shared:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int
     ) -> tuple[Entry, list[Any]]:
         """What is kept for a call, and the values that the function captured."""
-        traced = _trace.traced(self.jitted, self.signature, args, kwargs)
+        with _trace.explained(self.signature):
+            traced = self.jitted.trace(*args, **kwargs)
         captured = _jax.captured(traced)
         # Jit gives the same jaxpr, the key here, for the same shapes and settings.
         found = self.entries.get(traced.jaxpr)
@@ -128,7 +129,8 @@ class Shared:
         entry, captured = self.entry(args, kwargs, bound)
         leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         jaxpr = entry.site.spec.jaxpr
-        outs = call_p.bind(*captured, *leaves, site=entry.site, jaxpr=jaxpr)
+        with _trace.explained(self.signature):
+            outs = call_p.bind(*captured, *leaves, site=entry.site, jaxpr=jaxpr)
         out = jax.tree.unflatten(entry.out_tree, outs)
         return unwrap(out) if entry.has_static else out
 

@@ -93,7 +93,16 @@ class Spec:
     @cached_property
     def has_custom_vjp(self) -> bool:
         """Whether a rule for reverse mode alone is somewhere inside."""
-        return any("custom_vjp" in name for name in _primitive_names(self.jaxpr))
+        return any("custom_vjp" in name for name in self._names)
+
+    @cached_property
+    def has_custom_rule(self) -> bool:
+        """Whether a derivative inside is declared by the user."""
+        return any("custom_" in name for name in self._names)
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return _primitive_names(self.jaxpr)
 
     @property
     def in_avals(self) -> Sequence[Any]:

@@ -11,10 +11,11 @@ object are read when it is traced.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,18 @@ class MoonwalkConcretizationError(
 ):
     """Python needed the value of an array while the function was being traced."""
 
-    __init__ = MoonwalkError.__init__
+    def __init__(self, found: str, **parts: Any):
+        # JAX's class wants a tracer, and would write the message itself.
+        Exception.__init__(self, str(MoonwalkError(found, **parts)))
+        self.source = parts.get("source")
 
 
 class MoonwalkTracerError(MoonwalkError, jax.errors.UnexpectedTracerError):
     """A value of a finished transformation was used after it had ended."""
 
-    __init__ = MoonwalkError.__init__
+    def __init__(self, found: str, **parts: Any):
+        Exception.__init__(self, str(MoonwalkError(found, **parts)))
+        self.source = parts.get("source")
 
 
 @jax.tree_util.register_pytree_node_class
@@ -185,12 +191,11 @@ def _definition(fun: Callable[..., Any]) -> str | None:
     )
 
 
-def traced(
-    jitted: Any, signature: Signature, args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
-    """`jitted.trace`, with errors that name the user's line and the remedy."""
+@contextlib.contextmanager
+def explained(signature: Signature) -> Iterator[None]:
+    """Turns JAX's errors about tracers into ours, which add place and remedy."""
     try:
-        return jitted.trace(*args, **kwargs)
+        yield
     except MoonwalkError:
         raise
     except jax.errors.ConcretizationTypeError as error:

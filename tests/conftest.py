@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import pytest
-from jax.extend import core
 
 from mwc import _shared
+from passes import _jax
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
@@ -24,7 +26,7 @@ class Recompute:
     def __init__(self, jaxpr):
         self.jaxpr = jaxpr
         self.plan = None
-        self.fun = core.jaxpr_as_fun(jaxpr)
+        self.fun = partial(_jax.run_jaxpr, jaxpr)
 
     def forward(self, active, args):
         return list(self.fun(*args)), []
@@ -65,10 +67,8 @@ class SaveAll(Recompute):
 PROGRAMS = {"recompute": Recompute, "save-all": SaveAll}
 
 
-@pytest.fixture(params=sorted(PROGRAMS))
-def program(request, monkeypatch):
-    """Runs a test with each reference program instead of the engine's."""
-    maker = PROGRAMS[request.param]
+def install(monkeypatch, maker):
+    """Puts a reference program in the engine's place; returns the list of builds."""
     builds = []
 
     def build(jaxpr, roles, options):
@@ -77,3 +77,35 @@ def program(request, monkeypatch):
 
     monkeypatch.setattr(_shared, "_build", build)
     return builds
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Runs a test with the program that saves everything; the list of its builds."""
+    return install(monkeypatch, SaveAll)
+
+
+@pytest.fixture(params=sorted(PROGRAMS))
+def each_program(request, monkeypatch):
+    """Runs a test with each reference program."""
+    return install(monkeypatch, PROGRAMS[request.param])
+
+
+@pytest.fixture
+def wrong_program(program, monkeypatch):
+    """Differentiates with a program whose first cotangent is off by 0.1."""
+
+    class Wrong(SaveAll):
+        def backward(self, *args):
+            first, *others = super().backward(*args)
+            return [first + 0.1, *others]
+
+    return install(monkeypatch, Wrong)
+
+
+@pytest.fixture
+def quick():
+    """Compiles without optimisation, which tests of values do not need."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
