@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mwc.errors import MoonwalkTypeError
 
@@ -61,7 +63,7 @@ def check(
     Returns:
       The report.
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs))):
         raise MoonwalkTypeError(
             "check was called under a JAX transformation",
             expected="concrete arrays",
@@ -81,7 +83,7 @@ def check(
 
 
 def _compare(leaf: Any, right: Any) -> tuple[float, bool]:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf, right = jax.random.key_data(leaf), jax.random.key_data(right)
     name = str(leaf.dtype)
     wide = np.complex128 if name.startswith("complex") else np.float64

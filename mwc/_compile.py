@@ -55,9 +55,8 @@ class Compiled:
         Returns:
           The plan (`mwc.Plan`).
         """
-        full, named, _ = self._shared.prepared((*self._bound, *args), kwargs)
-        entry, _ = self._shared.entry(full, named, len(self._bound))
-        return entry.site.spec.program.plan
+        bound = self._bound
+        return self._shared.spec((*bound, *args), kwargs, len(bound)).program.plan
 
     def check(
         self, *args: Any, batch_axis: int | None = None, **kwargs: Any

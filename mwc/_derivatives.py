@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mwc._lanes import gradient_lane, linear_lane, through_vjp_lane
 from mwc._levels import FIRST, SHARED, Level, apply, transposed
@@ -251,8 +250,4 @@ def _transposed_gradient(
     fun = apply(some.levels, gradient_lane(some))
     shapes = [x.aval for x in choose(open_, ins[start:])]
     pull = jax.linear_transpose(lambda *last: fun(*ins[:start], *last), *shapes)
-    full = [
-        jnp.zeros(ct.aval.shape, ct.aval.dtype) if type(ct) is _jax.Zero else ct
-        for ct in cts
-    ]
-    return list(pull(full))
+    return list(pull([_jax.instantiated(ct) for ct in cts]))

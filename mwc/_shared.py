@@ -15,6 +15,7 @@ from mwc._primitives import call_p
 from mwc._site import Site
 from mwc._spec import Spec
 from mwc._trace import Signature, is_array, unwrap, wrap
+from mwc.errors import MoonwalkUnsupportedError
 from passes import _jax
 
 # More shapes than this for one function, and the programs are made again.
@@ -25,12 +26,13 @@ class Entry(NamedTuple):
     """What is kept for one trace.
 
     Attributes:
-      site: the place of the primitive, with the spec.
+      site: the place of the primitive, with the spec; None if the function has to be
+        left as it is.
       out_tree: the structure of the results.
       has_static: whether some results are not arrays.
     """
 
-    site: Site
+    site: Site | None
     out_tree: Any
     has_static: bool
 
@@ -96,6 +98,12 @@ class Shared:
             return found, captured
         if len(self.entries) >= _MOST_SPECS:
             self.entries.clear()
+        foreign = _jax.outlives(traced)
+        if foreign:
+            self._refuse_if_strict(foreign)
+            left = Entry(None, traced.out_tree, False)
+            self.entries[traced.jaxpr] = left
+            return left, captured
         indices = _trace.positions(self.argnums, args, self.signature, bound)
         jaxpr = _jax.hoisted(traced)
         roles = ["data"] * len(captured)
@@ -106,6 +114,28 @@ class Shared:
         made = Entry(site, traced.out_tree, _trace.has_static(traced.out_tree))
         self.entries[traced.jaxpr] = made
         return made, captured
+
+    def _refuse_if_strict(self, foreign: str) -> None:
+        if self.options.strict:
+            raise MoonwalkUnsupportedError(
+                f"{self.signature.name} uses {foreign}, which no plan can rebuild",
+                remedy="pass values in and out, or leave strict out: the function is "
+                "then differentiated as if undecorated",
+                source=self.signature.source,
+            )
+
+    def spec(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int) -> Spec:
+        """The spec of a call, for whoever wants its plan."""
+        full, named, _ = self.prepared(args, kwargs)
+        entry, _ = self.entry(full, named, bound)
+        if entry.site is None:
+            raise MoonwalkUnsupportedError(
+                f"{self.signature.name} has no plan: it uses values that outlive it, "
+                "and is differentiated as if undecorated",
+                remedy="pass values in and out instead of mutating them",
+                source=self.signature.source,
+            )
+        return entry.site.spec
 
     def _roles(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: set[int]
@@ -125,8 +155,10 @@ class Shared:
         if jax.config.jax_disable_jit:
             # As jit does then: plain Python, in which values can be looked at.
             return self.fun(*args, **kwargs)
-        args, kwargs, leaves = self.prepared(args, kwargs)
-        entry, captured = self.entry(args, kwargs, bound)
+        full, named, leaves = self.prepared(args, kwargs)
+        entry, captured = self.entry(full, named, bound)
+        if entry.site is None:
+            return self.fun(*args, **kwargs)
         leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         jaxpr = entry.site.spec.jaxpr
         with _trace.explained(self.signature):

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 from jax._src import config, debugging, effects
 from jax._src.ad_util import Zero
-from jax._src.core import AbstractValue
+from jax._src.core import AbstractValue, InternalMutableArrayEffect
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
+from jax._src.state.discharge import discharge_state
+from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
@@ -34,14 +36,16 @@ __all__ = [
     "dead_code",
     "exclude_frames",
     "hoisted",
+    "instantiated",
     "is_drop",
     "is_undefined",
     "keeps_effects",
     "match_aval",
     "named_axes",
-    "new_primitive",
     "nest_source",
+    "new_primitive",
     "opened",
+    "outlives",
     "refused_effects",
     "register_rules",
     "run_jaxpr",
@@ -163,8 +167,28 @@ def trace_context() -> Any:
 
 
 def hoisted(traced: Any) -> Jaxpr:
-    """The jaxpr of a `jax.stages.Traced` with what it captured as leading inputs."""
-    return pe.close_jaxpr(pe.convert_constvars_jaxpr(opened(traced.jaxpr)[0]))
+    """The jaxpr of a `jax.stages.Traced` with what it captured as leading inputs.
+
+    Mutable arrays that live and die inside become pure values.
+    """
+    jaxpr = pe.close_jaxpr(pe.convert_constvars_jaxpr(opened(traced.jaxpr)[0]))
+    if any(isinstance(e, InternalMutableArrayEffect) for e in jaxpr.effects):
+        jaxpr = discharge_state(jaxpr)
+    return jaxpr
+
+
+def outlives(traced: Any) -> str | None:
+    """What of a traced function has a life outside it, and is no function of it.
+
+    A mutable array that is passed in or captured, or a check that `checkify` has yet
+    to find: None if there is no such thing.
+    """
+    avals = (jax.typeof(x) for x in captured(traced))
+    if any(isinstance(a, AbstractRef) for a in (*traced.jaxpr.in_avals, *avals)):
+        return "a mutable array (jax.Ref) that it was given or captured"
+    if any(type(effect).__name__ == "ErrorEffect" for effect in traced.jaxpr.effects):
+        return "a check of jax.experimental.checkify"
+    return None
 
 
 def captured(traced: Any) -> list[Any]:
@@ -196,7 +220,8 @@ def _closed_over(jaxpr: Jaxpr, consts: list[Any]) -> Jaxpr:
         return jaxpr.with_consts(consts)
     count = len(consts)
     body = jaxpr.replace(constvars=jaxpr.invars[:count], invars=jaxpr.invars[count:])
-    return core.ClosedJaxpr(body, consts)
+    maker: Any = core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+    return maker(body, consts)
 
 
 def sub_jaxprs(eqn: Eqn) -> list[Jaxpr]:
@@ -270,6 +295,11 @@ def as_zero(value: Any) -> Zero:
     return Zero(jax.typeof(value).to_tangent_aval())
 
 
+def instantiated(cotangent: Any) -> Any:
+    """A cotangent with a symbolic zero made an array."""
+    return ad.instantiate_zeros(cotangent)
+
+
 def match_aval(value: Any, aval: Any) -> Any:
     """Gives a cotangent the type that JAX expects for an argument of type `aval`.
 
@@ -326,6 +356,9 @@ def register_rules(
     primitive.def_impl(run)
     primitive.def_effectful_abstract_eval(avals)
     mlir.register_lowering(primitive, mlir.lower_fun(emit, multiple_results=True))
+    # Where a jaxpr holds primitives of user-defined types, the emitted code takes
+    # this primitive's place, and theirs are lowered in it.
+    primitive.to_lojax = emit
     ad.primitive_jvps[primitive] = jvp
     batching.fancy_primitive_batchers[primitive] = partial(batch, primitive)
     if transpose is not None:
