@@ -79,9 +79,9 @@ class Checkpointed:
     """
 
     def __init__(self, fun: Flat, specs: Sequence[Any]):
-        inner, self._consts = _jax.opened(jax.make_jaxpr(fun)(*specs))
-        invars = [*inner.constvars, *inner.invars]
-        graph = inline(_jax.closed(invars, list(inner.outvars), list(inner.eqns)))
+        traced = jax.jit(fun).trace(*specs)
+        self._consts = _jax.captured(traced)
+        graph = inline(_jax.hoisted(traced))
         self._graph: Graph = graph
         self._costs = segments.costs(graph)
 

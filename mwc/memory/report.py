@@ -121,7 +121,8 @@ def _number(value: float | None, unit: float) -> str:
     if value is None:
         return "–"
     scaled = value / unit
-    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.3g}"
+    digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 3
+    return f"{scaled:,.{digits}f}"
 
 
 def measure(
