@@ -186,6 +186,8 @@ def test_bad_requests():
         measure(jnp.sum, None, (jnp.ones(3),), methods=["magic"])
     with pytest.raises(MoonwalkTypeError, match="argnums"):
         measure(jnp.sum, None, (jnp.ones(3),), argnums=1)
+    with pytest.raises(MoonwalkTypeError, match="has_aux=True"):
+        measure(lambda x: (x.sum(), x), None, (jnp.ones(3),))
     with pytest.raises(KeyError):
         measure(jnp.sum, None, (jnp.ones(3),), methods=["backprop"])["moonwalk"]
 

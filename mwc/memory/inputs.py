@@ -78,6 +78,12 @@ class FlatCall:
             args, kwargs = jax.tree.unflatten(self._tree, leaves)
             out = fun(*args, **kwargs)
             loss, aux = out if self._has_aux else (out, None)
+            if not is_array(loss):
+                raise MoonwalkTypeError(
+                    f"the function returned a loss of type {type(loss).__name__}",
+                    expected="a scalar array",
+                    remedy="for a function that returns (loss, aux) give has_aux=True",
+                )
             return [loss, *filter(is_array, jax.tree.leaves(aux))]
 
         return flat
