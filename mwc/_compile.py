@@ -88,8 +88,19 @@ class Compiled:
         """
         from mwc import memory
 
-        plain = functools.partial(self._shared.fun, *self._bound)
-        return memory.measure(plain, self, args, kwargs, target=target)
+        shared, bound = self._shared, self._bound
+        plain = functools.partial(shared.fun, *bound) if bound else shared.fun
+        return memory.measure(
+            plain,
+            self,
+            args,
+            kwargs,
+            target=target,
+            argnums=shared.argnums,
+            has_aux=shared.has_aux,
+            static_argnums=tuple(n - len(bound) for n in shared.signature.static_nums),
+            static_argnames=shared.signature.static_names,
+        )
 
     def _reference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shared = self._shared

@@ -161,7 +161,7 @@ class Shared:
             return self.fun(*args, **kwargs)
         leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         jaxpr = entry.site.spec.jaxpr
-        with _trace.explained(self.signature):
+        with _trace.unescaped(self.signature):
             outs = call_p.bind(*captured, *leaves, site=entry.site, jaxpr=jaxpr)
         out = jax.tree.unflatten(entry.out_tree, outs)
         return unwrap(out) if entry.has_static else out

@@ -195,7 +195,8 @@ def _definition(fun: Callable[..., Any]) -> str | None:
 def explained(signature: Signature) -> Iterator[None]:
     """Turns JAX's errors about tracers into ours, which add place and remedy."""
     try:
-        yield
+        with unescaped(signature):
+            yield
     except MoonwalkError:
         raise
     except jax.errors.ConcretizationTypeError as error:
@@ -206,6 +207,15 @@ def explained(signature: Signature) -> Iterator[None]:
             "argument in static_argnums or static_argnames",
             source=_user_frame(error) or signature.source,
         ) from error
+
+
+@contextlib.contextmanager
+def unescaped(signature: Signature) -> Iterator[None]:
+    """The same for tracers of a transformation that has ended."""
+    try:
+        yield
+    except MoonwalkError:
+        raise
     except jax.errors.UnexpectedTracerError as error:
         raise MoonwalkTracerError(
             f"{signature.name} was given, or uses, a value of a transformation that "

@@ -145,7 +145,9 @@ def closed(invars: list[Var], outvars: list[Any], eqns: list[Eqn]) -> Jaxpr:
     effects = core.no_effects
     for eqn in eqns:
         effects = effects | eqn.effects
-    jaxpr = core.Jaxpr([], invars, outvars, eqns, effects)
+    # No names: what is built here is never shown to users.
+    debug = core.DebugInfo("moonwalk", "stage", None, None)
+    jaxpr = core.Jaxpr([], invars, outvars, eqns, effects, debug)
     maker = getattr(core, "ClosedJaxpr", None)
     return jaxpr if maker is None or maker is core.Jaxpr else maker(jaxpr, [])
 
