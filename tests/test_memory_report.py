@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from mwc.errors import MoonwalkTypeError, MoonwalkValueError
-from mwc.memory import baselines, measure, plugin, segments
+from mwc.memory import baselines, measure, nesting, plugin, segments
 from mwc.memory.inputs import FlatCall
 from tests import programs
 
@@ -52,9 +52,8 @@ def test_checkpoints_leave_value_and_gradients(name, levels):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("trips", [1, 2, 3, 4, 10])
-@pytest.mark.parametrize("levels", [1, 2])
-def test_nested_scans_keep_order_results_and_remainders(reverse, trips, levels):
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (10,), (5, 1), (6, 4), (4, 2)])
+def test_nested_scans_keep_order_results_and_remainders(reverse, sizes):
     def scan(carry, xs):
         def step(c, x):
             key, value = x
@@ -67,7 +66,7 @@ def test_nested_scans_keep_order_results_and_remainders(reverse, trips, levels):
     jaxpr = jax.make_jaxpr(scan)(jnp.float32(0.5), xs)
     (eqn,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
     operands = [jnp.float32(0.5), *xs]
-    found = baselines.nested_scan(eqn, operands, trips, levels)
+    found = nesting.nested_scan(eqn, operands, sizes)
     assert_same(found, jax.tree.leaves(scan(*[operands[0], xs])))
 
 

@@ -3,13 +3,12 @@
 The user's function is traced once and evaluated in pieces under `jax.checkpoint`:
 
 - *one level*: contiguous segments of equations; a long scan becomes a scan over
-  segments of its trips, each a checkpointed scan, or a scan whose body is
-  checkpointed, whichever is smaller.
-- *two levels*: the same within each segment of a coarser cut; in a long scan the body
-  of the inner scan is checkpointed as well.
+  segments of its trips, each a checkpointed scan (`mwc.memory.nesting`).
+- *two levels*: the same within each segment of a coarser cut, and a scan of segments
+  of segments.
 
 What is searched: the cuts with the lowest peak by byte counts (`mwc.memory.segments`),
-under several weights for what a segment makes, and the length of a scan's segments.
+under several weights for what a segment makes, and the sizes of a scan's segments.
 Both start at the value that the byte counts favour and go on to the neighbours of what
 has the fewest compiled temporary bytes, for at most `tries` compilations a level. A
 person who places checkpoints by hand may find better in a program of unlike parts.
@@ -22,15 +21,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from mwc.memory import segments
+from mwc.memory.nesting import Sizes, best_sizes, evaluate, nested_scan, read
 from passes import _jax
 from passes.graph import Graph, is_var
 from passes.inline import inline
@@ -42,6 +39,9 @@ Cuts = tuple[int, ...]
 # How much more or less a byte made within a segment may count than estimated.
 _WEIGHTS = tuple(2 ** (e / 2) for e in range(-4, 5))
 
+# Sizes that differ by less are the same plateau of the search.
+_EQUAL = 1.01
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -50,23 +50,22 @@ class Layout:
     Attributes:
       outer: positions of the cuts, the two ends included.
       inner: the finer cuts of two levels; equal to `outer` for one.
-      trips: for each long scan, the trips of a segment; 1 checkpoints the body alone.
+      sizes: for each long scan, the trips of its segments (`mwc.memory.nesting`).
       levels: 1 or 2.
     """
 
     outer: Cuts
     inner: Cuts
-    trips: tuple[int, ...]
+    sizes: tuple[Sizes, ...]
     levels: int
 
     def __str__(self) -> str:
         parts = []
-        if len(self.outer) > 2 or not self.trips:
+        if len(self.outer) > 2 or not self.sizes:
             parts.append(f"{len(self.outer) - 1} segments")
         if self.levels == 2 and len(self.inner) > len(self.outer):
             parts.append(f"{len(self.inner) - 1} within them")
-        if self.trips:
-            parts.append("scans by " + ", ".join(map(str, self.trips)))
+        parts += ["scan by " + " of ".join(map(str, sizes)) for sizes in self.sizes]
         return "; ".join(parts)
 
 
@@ -93,7 +92,7 @@ class Checkpointed:
             env = dict(zip(self._graph.invars, values, strict=True))
             for start, stop in itertools.pairwise(layout.outer):
                 self._segment(layout, start, stop, env)
-            return [_read(env, v) for v in self._graph.outvars]
+            return [read(env, v) for v in self._graph.outvars]
 
         return checkpointed
 
@@ -104,11 +103,11 @@ class Checkpointed:
         """
         weighed = [self._cuts(levels, weight) for weight in _WEIGHTS]
         cuts = _distinct(weighed)
-        scans = _distinct(self._trips(levels))
+        sized = [self._sizes(levels, weight) for weight in _WEIGHTS]
+        scans = _distinct(sized)
         grid = [[Layout(c[0], c[1], t, levels) for t in scans] for c in cuts]
-        loops = [self._predicted_trips(levels, t) for t in scans]
-        start = cuts.index(weighed[_WEIGHTS.index(1.0)])
-        return grid, (start, loops.index(min(loops)))
+        start = _WEIGHTS.index(1.0)
+        return grid, (cuts.index(weighed[start]), scans.index(sized[start]))
 
     def _cuts(self, levels: int, weight: float) -> tuple[Cuts, Cuts]:
         """The best outer and inner cuts when a byte made counts `weight`."""
@@ -124,21 +123,10 @@ class Checkpointed:
         counts = [round(2 ** (e / 2)) for e in range(4, 17)]
         return _distinct([segments.even(self._costs, k) for k in counts])
 
-    def _trips(self, levels: int) -> list[tuple[int, ...]]:
+    def _sizes(self, levels: int, weight: float) -> tuple[Sizes, ...]:
+        """The best sizes of each long scan's segments, likewise."""
         loops = self._costs.loops
-        if not loops:
-            return [()]
-        scales = [2 ** (e / 2) for e in range(-6, 7)]
-        found = [
-            tuple(_segment_trips(loop, levels, scale) for loop in loops)
-            for scale in scales
-        ]
-        ones = [tuple(1 for _ in loops)] if levels == 1 else []
-        return [*ones, *found]
-
-    def _predicted_trips(self, levels: int, trips: tuple[int, ...]) -> float:
-        pairs = zip(self._costs.loops, trips, strict=True)
-        return sum(_predicted_loop(loop, levels, s) for loop, s in pairs)
+        return tuple(best_sizes(loop, levels, weight) for loop in loops)
 
     def _segment(
         self, layout: Layout, start: int, stop: int, env: dict[Any, Array]
@@ -147,8 +135,8 @@ class Checkpointed:
         loops = {loop.index: s for loop, s in self._loops(layout)}
         eqns = self._graph.eqns[start:stop]
         if stop - start == 1 and start in loops:
-            operands = [_read(env, v) for v in eqns[0].invars]
-            out = nested_scan(eqns[0], operands, loops[start], layout.levels)
+            operands = [read(env, v) for v in eqns[0].invars]
+            out = nested_scan(eqns[0], operands, loops[start])
             env.update(zip(eqns[0].outvars, out, strict=True))
             return
         reads, writes = self._interface(start, stop)
@@ -157,7 +145,7 @@ class Checkpointed:
             local = dict(zip(reads, values, strict=True))
             for low, high in _nested(layout, start, stop):
                 if (low, high) == (start, stop):
-                    _evaluate(eqns, local)
+                    evaluate(eqns, local)
                 else:
                     self._segment(_flat(layout), low, high, local)
             return [local[v] for v in writes]
@@ -165,8 +153,8 @@ class Checkpointed:
         out = jax.checkpoint(run)(*(env[v] for v in reads))
         env.update(zip(writes, out, strict=True))
 
-    def _loops(self, layout: Layout) -> Sequence[tuple[segments.Loop, int]]:
-        return list(zip(self._costs.loops, layout.trips, strict=True))
+    def _loops(self, layout: Layout) -> Sequence[tuple[segments.Loop, Sizes]]:
+        return list(zip(self._costs.loops, layout.sizes, strict=True))
 
     def _interface(self, start: int, stop: int) -> tuple[list[Any], list[Any]]:
         """The variables that a segment reads from outside and others read from it."""
@@ -213,7 +201,11 @@ def search(
     while len(found) < tries:
         # Among equals every one is a place to go on from: plateaus are common.
         best = min(figures["temp_bytes"] for figures in found.values())
-        fronts = [at for at, figures in found.items() if figures["temp_bytes"] == best]
+        fronts = [
+            at
+            for at, figures in found.items()
+            if figures["temp_bytes"] <= _EQUAL * best
+        ]
         steps = [
             (at[0] + down, at[1] + right)
             for at in fronts
@@ -237,79 +229,6 @@ def _at(grid: list[list[Layout]], place: tuple[int, int]) -> Layout:
     return grid[place[0]][place[1]]
 
 
-def nested_scan(
-    eqn: Any, operands: Sequence[Array], trips: int, levels: int
-) -> list[Array]:
-    """A scan over segments of `trips` trips, each a checkpointed scan.
-
-    Trips that fill no segment are a checkpointed scan of their own. With one trip a
-    segment, the body is checkpointed and the loop is left as it is.
-
-    Args:
-      eqn: the scan's equation.
-      operands: its operands.
-      trips: trips of a segment.
-      levels: 2 checkpoints the body of the inner scan as well.
-
-    Returns:
-      What the scan returns.
-    """
-    n_consts, n_carry = _jax.scan_layout(eqn)
-    total, reverse = eqn.params["length"], eqn.params["reverse"]
-    body, body_consts = _jax.opened(eqn.params["jaxpr"])
-    consts = list(operands[:n_consts])
-    carry = list(operands[n_consts : n_consts + n_carry])
-    xs = list(operands[n_consts + n_carry :])
-
-    def step(carry: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
-        env = dict(zip(body.constvars, body_consts, strict=True))
-        env.update(zip(body.invars, [*consts, *carry, *xs], strict=True))
-        _evaluate(body.eqns, env)
-        out = [_read(env, v) for v in body.outvars]
-        return out[:n_carry], out[n_carry:]
-
-    # Inside a loop nothing can be merged with the first pass.
-    remat = functools.partial(jax.checkpoint, prevent_cse=False)
-    if trips == 1:
-        carry, ys = lax.scan(remat(step), carry, xs, length=total, reverse=reverse)
-        return [*carry, *ys]
-    inner_step = remat(step) if levels == 2 else step
-
-    def run(carry: list[Array], xs: list[Array], length: int) -> Any:
-        return lax.scan(inner_step, carry, xs, length=length, reverse=reverse)
-
-    whole, rest = divmod(total, trips)
-    head = [x[: whole * trips].reshape(whole, trips, *x.shape[1:]) for x in xs]
-    tail = [x[whole * trips :] for x in xs]
-    parts: dict[str, list[Array]] = {}
-    for part in ("tail", "head") if reverse else ("head", "tail"):
-        if part == "head":
-            segment = remat(functools.partial(run, length=trips))
-            carry, ys = lax.scan(segment, carry, head, length=whole, reverse=reverse)
-            ys = [y.reshape(whole * trips, *y.shape[2:]) for y in ys]
-        elif rest:
-            carry, ys = jax.checkpoint(functools.partial(run, length=rest))(carry, tail)
-        else:
-            continue
-        parts[part] = ys
-    if rest:
-        ys = [
-            jnp.concatenate(p) for p in zip(parts["head"], parts["tail"], strict=True)
-        ]
-        return [*carry, *ys]
-    return [*carry, *parts["head"]]
-
-
-def _evaluate(eqns: Sequence[Any], env: dict[Any, Array]) -> None:
-    for eqn in eqns:
-        out = _jax.bind(eqn, [_read(env, v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, out, strict=True))
-
-
-def _read(env: dict[Any, Array], atom: Any) -> Array:
-    return env[atom] if is_var(atom) else atom.val
-
-
 def _nested(layout: Layout, start: int, stop: int) -> list[tuple[int, int]]:
     """The pieces of a segment: itself, or those of the finer cut."""
     if layout.levels == 1:
@@ -324,22 +243,3 @@ def _flat(layout: Layout) -> Layout:
 
 def _distinct(items: list[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
-
-
-def _predicted_loop(loop: segments.Loop, levels: int, trips: int) -> float:
-    kept = math.ceil(loop.trips / trips) * loop.carry
-    if trips == 1:
-        return kept + loop.body
-    if levels == 2:
-        return kept + trips * loop.carry + loop.body
-    return kept + trips * loop.body
-
-
-def _segment_trips(loop: segments.Loop, levels: int, scale: float) -> int:
-    """Trips of a segment near the best by byte count, a divisor where one is near."""
-    unit = loop.carry / loop.body if levels == 1 else 1.0
-    wish = scale * math.sqrt(loop.trips * max(unit, 1e-9))
-    wish = min(max(2, round(wish)), loop.trips // 2)
-    near = [s for s in range(2, loop.trips // 2 + 1) if 0.75 <= s / wish <= 1.34]
-    divisors = [s for s in near if loop.trips % s == 0]
-    return min(divisors or [wish], key=lambda s: abs(s - wish))
