@@ -36,6 +36,8 @@ class _Kind:
     linear: Linear
     bits: tuple[Var, ...]
     kept: tuple[Var, ...]
+    rerun: float
+    why: str
 
 
 class Builder:
@@ -85,14 +87,14 @@ class Builder:
         if key not in self._kinds:
             self._kinds[key] = _kind(graph, active, state)
         kind = self._kinds[key]
+        stage = Straight(
+            graph, kind.linear, kind.bits, kind.kept, (), kind.rerun, kind.why
+        )
         # An input or result among the residuals is kept under its chain name.
-        linear = kind.linear
-        pairs = zip(linear.outs, graph.outvars, strict=True)
-        chain = {f: v for f, v in pairs if is_var(f) and is_var(v)}
-        chain |= dict(zip(linear.fwd.invars, graph.invars, strict=True))
+        chain = stage.chain_names()
         names = tuple(chain[v] for v in kind.kept if v in chain)
         own = tuple(v for v in kind.kept if v not in chain)
-        return Straight(graph, linear, kind.bits, own, names)
+        return dataclasses.replace(stage, kept_vars=own, names=names)
 
 
 def matrix_cost(eqn: Any) -> float:
@@ -124,13 +126,24 @@ def _kind(graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...]) -> _K
         fwd, residuals_of(linear, to_state), names, matrix_cost, at_hand=True
     )
     allowed = _SMALL * sum(nbytes(v) for v in names)
-    saves = rerun_cost(linear, bits) < rerun_cost(linear, ())
-    if sum(packed_bytes(v) for v in bits) > allowed or not saves:
+    why = ""
+    if sum(packed_bytes(v) for v in bits) > allowed:
+        why = _why(fwd, max(bits, key=packed_bytes))
+        bits = ()
+    rerun = rerun_cost(linear, bits)
+    if bits and rerun >= rerun_cost(linear, ()):
         bits = ()
     kept = narrowest(
         fwd, residuals_of(linear, bwd.outvars), names, matrix_cost, at_hand=False
     )
-    return _Kind(linear, bits, kept)
+    return _Kind(linear, bits, kept, rerun, why or "of several products it has")
+
+
+def _why(fwd: Graph, var: Var) -> str:
+    """The residual that keeps a stage from being pruned."""
+    index = fwd.producer.get(var)
+    name = "its input" if index is None else fwd.eqns[index].primitive.name
+    return f"the cotangent needs {var.aval.str_short()} of {name}"
 
 
 def _shape_of(graph: Graph) -> Any:
@@ -145,7 +158,8 @@ def _shape_of(graph: Graph) -> Any:
         reads = tuple(atom(a) for a in eqn.invars)
         for v in eqn.outvars:
             number[v] = len(number)
-        params = tuple(sorted((k, _frozen(v)) for k, v in eqn.params.items()))
+        rule = _jax.rule_of(eqn) if eqn.primitive.name == "custom_jvp_call" else None
+        params = rule or tuple(sorted((k, _frozen(v)) for k, v in eqn.params.items()))
         avals = tuple(_aval(v) for v in eqn.outvars)
         rows.append((eqn.primitive.name, params, reads, avals))
     ins = tuple(_aval(v) for v in graph.invars)

@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from mwc._build import Builder
-from mwc._plan import Plan, describe
+from mwc._describe import describe
+from mwc._plan import Plan
 from mwc._planner import schedule
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.stages import Stage
@@ -53,9 +54,9 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     stages = tuple(builder.stage(piece.graph) for piece in cut.pieces)
     prologue = builder.straight(cut.prologue)
     crossing = tuple(p.crossing for p in cut.pieces)
-    stages, chosen = schedule(stages, crossing, builder, options)
-    node = Checkpoint(stages, crossing, chosen.schedule)
-    plan = describe(node, prologue, chosen, graph, options)
+    decision = schedule(stages, crossing, builder, options)
+    node = Checkpoint(decision.stages, crossing, decision.schedule)
+    plan = describe(node, decision, graph, options.strict)
     return Emitted(jaxpr, graph, prologue, node, plan)
 
 

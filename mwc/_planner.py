@@ -12,7 +12,8 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from mwc._build import Builder, matrix_cost, rerun_cost
+from mwc._build import Builder, matrix_cost
+from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import store_all
 from mwc.stages import Stage, Straight
@@ -20,8 +21,27 @@ from passes.binomial import again, least_slots
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, nbytes
 from passes.residuals import packed_bytes
-from passes.schedule import Costs, Planned, plan
+from passes.schedule import Costs, Schedule, plan
 
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided.
+
+    Attributes:
+      stages: the stages, loops settled.
+      schedule: of all of them.
+      costs: of each.
+      peak: bytes at the predicted peak.
+    """
+
+    stages: tuple[Stage, ...]
+    schedule: Schedule | None
+    costs: tuple[Costs, ...]
+    peak: int
+
+
+_SERVED = ("checkpoint", "stored")
 SLACK = 0.1  # of a forward pass, DESIGN section 4
 
 
@@ -30,7 +50,7 @@ def schedule(
     crossing: Sequence[tuple[Var, ...]],
     builder: Builder,
     options: Any,
-) -> tuple[tuple[Stage, ...], Planned]:
+) -> Decision:
     """Settles the loops and schedules the chain.
 
     Args:
@@ -40,18 +60,26 @@ def schedule(
       options: `extra_forwards` and `strategies` are read.
 
     Returns:
-      The stages, and the schedule with its cost and memory.
+      The decision.
     """
-    allowed = set(options.strategies or ("stored", "checkpoint"))
+    allowed = set(options.strategies or _SERVED) & set(_SERVED)
+    if not allowed:
+        raise MoonwalkUnsupportedError(
+            f"no stage can be served by strategies={options.strategies!r}",
+            expected=f"at least one of {', '.join(map(repr, _SERVED))}",
+            remedy="add 'checkpoint', which serves every stage",
+        )
     extra = 2.0 if options.extra_forwards is None else options.extra_forwards
     stages = tuple(_settled(s, builder, extra, allowed) for s in stages)
     costs = stage_costs(stages, crossing)
     total = sum(c.forward for c in costs)
     if "checkpoint" not in allowed:
-        kept = sum(c.kept for c in costs)
-        return stages, Planned(store_all(len(stages)), total, kept)
+        kept = sum(c.kept + sum(b for b, _ in c.born) for c in costs)
+        return Decision(stages, store_all(len(stages)), tuple(costs), kept)
     limit = math.inf if math.isinf(extra) else (1 + extra + SLACK) * total
-    return stages, plan(costs, limit, store_first="stored" in allowed)
+    found = plan(costs, limit, store_first="stored" in allowed)
+    bits = sum(packed_bytes(v) for s in stages for v in getattr(s, "bit_vars", ()))
+    return Decision(stages, found.schedule, tuple(costs), found.memory + bits)
 
 
 def _settled(
@@ -71,7 +99,8 @@ def stage_costs(
     for i, names in enumerate(crossing):
         last.update(dict.fromkeys(names, i))
     matrices = any(matrix_cost(eqn) > 0 for stage in stages for eqn in stage.graph.eqns)
-    return [_costs(s, last, matrices) for s in stages]
+    outside = {v for s in stages for v in s.graph.invars} - set(last)
+    return [_costs(s, last, outside, matrices) for s in stages]
 
 
 def forward_cost(graph: Graph, matrices: bool) -> float:
@@ -81,17 +110,21 @@ def forward_cost(graph: Graph, matrices: bool) -> float:
     return sum(c.matrix for c in count) + 1e-3 * rest if matrices else rest
 
 
-def _costs(stage: Stage, last: dict[Var, int], matrices: bool) -> Costs:
+def _costs(
+    stage: Stage, last: dict[Var, int], outside: Collection[Var], matrices: bool
+) -> Costs:
     forward = forward_cost(stage.graph, matrices)
     born = tuple((nbytes(v), last[v]) for v in stage.graph.outvars if v in last)
-    through = sum(nbytes(v) for v in (*stage.graph.invars, *stage.graph.outvars))
+    around = (*stage.graph.invars, *stage.graph.outvars)
+    # The program's own inputs are there anyway; a cotangent is as large as its value.
+    through = sum(nbytes(v) for v in around if v not in outside)
     if isinstance(stage, Loop):
         both = forward * (1 + loop_extra(stage))
         kept = loop_kept(stage)
         return Costs(forward, both, both, kept, kept + loop_leaf(stage) + through, born)
     assert isinstance(stage, Straight)
     kept = sum(packed_bytes(v) for v in stage.kept_vars)
-    rerun = rerun_cost(stage.linear, stage.bit_vars) if matrices else forward
+    rerun = stage.rerun if matrices else forward
     return Costs(forward, min(rerun, forward), forward, kept, kept + through, born)
 
 

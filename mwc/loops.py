@@ -195,7 +195,9 @@ class _Sweeps:
             if slots:
                 # Zero or one trip: a conditional would copy the slots.
                 write = lambda _, s: [_put(b, x, table[i]) for b, x in zip(s, carry)]
-                slots = lax.fori_loop(0, (table[i] >= 0).astype(jnp.int32), write, slots)
+                slots = lax.fori_loop(
+                    0, (table[i] >= 0).astype(jnp.int32), write, slots
+                )
             values = self._inputs(i, carry)
             kept = body.first(values, store=False, effects=False)
             kept = kept if loop.pruned else []
@@ -248,10 +250,6 @@ class _Sweeps:
                     due[v] = due[v] + ct if v in due else ct
             values = self._inputs(i, carry)
             found = body.pull(values, kept, stored, due, ask)
-            # A result that is an input of the body passes its cotangent on.
-            for v in (*c_vars, *h_vars, *x_vars):
-                if v in due and v not in body.graph.producer:
-                    found[v] = found[v] + due[v] if v in found else due[v]
             zero = lambda v: _zeros(None, v.aval, v)
             g_xs = [
                 _put(b, found[v], at) if v in found else b

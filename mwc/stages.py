@@ -90,6 +90,8 @@ class Straight:
         follow; empty where the stage is not pruned.
       kept_vars: residuals from which, with `names`, all cotangents follow.
       names: see `Stage`.
+      rerun: matrix FLOPs that a leaf runs again.
+      why: what it runs them for, for the plan.
     """
 
     graph: Graph
@@ -97,6 +99,8 @@ class Straight:
     bit_vars: tuple[Var, ...]
     kept_vars: tuple[Var, ...]
     names: tuple[Var, ...]
+    rerun: float
+    why: str
 
     @property
     def bits(self) -> int:
@@ -151,9 +155,11 @@ class Straight:
         results = [
             v for v, f in zip(self.graph.outvars, linear.inexact, strict=True) if f
         ]
+        # A result that is named twice has one cotangent, which must count once.
+        due = dict(cts)
         for v, ct in zip(results, linear.ct_inputs, strict=True):
+            given = due.pop(v, None) if is_var(v) else None
             if ct in read:
-                given = cts.get(v)
                 aval = ct.aval
                 back[ct] = jnp.zeros(aval.shape, aval.dtype) if given is None else given
         grads = evaluate(linear.bwd, back, outs)
@@ -165,6 +171,10 @@ class Straight:
         inputs = [v for v, a in active if a]
         pairs = zip(inputs, self.linear.bwd.outvars, strict=True)
         return [(v, atom) for v, atom in pairs if v in wanted]
+
+    def chain_names(self) -> Values:
+        """Inputs and results: from the derivative's variables to the chain's."""
+        return {f: v for v, f in self._pairs()}
 
     def _inputs(self, values: Values) -> Values:
         env = dict(self.linear.consts)

@@ -48,6 +48,7 @@ __all__ = [
     "outlives",
     "refused_effects",
     "register_rules",
+    "rule_of",
     "run_jaxpr",
     "scan_layout",
     "source_line",
@@ -389,3 +390,24 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """
     found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
     return jax.lax.pcast(found, axes, to="varying") if axes else found
+
+
+def rule_of(eqn: Eqn) -> Any:
+    """What a `custom_jvp_call` does, to compare two of them; None where unknown.
+
+    JAX wraps the user's rule anew at each call. The rule itself is found in the
+    closure of the wrapper, and trusted only where the wrapper is the plain one.
+    """
+    body, consts = opened(eqn.params["call_jaxpr"])
+    try:
+        names = eqn.params["jvp_jaxpr_fun"].f
+        cells = dict(zip(names.__code__.co_freevars, names.__closure__, strict=True))
+        inner = cells["fn"].cell_contents
+        cells = dict(zip(inner.__code__.co_freevars, inner.__closure__, strict=True))
+        rule = cells["jvp"].cell_contents
+        ((wrapper, (_, _, tree, _)),) = rule.transforms
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    if wrapper.__name__ != "_flatten_jvp" or consts or body.constvars:
+        return None
+    return rule.f, tree, str(body), bool(eqn.params["symbolic_zeros"])

@@ -28,7 +28,10 @@ from passes.graph import Graph, Var, is_var, nbytes
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
 _STEPS = 4  # shorter loops are one equation like others
-_SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy
+_MANY, _FEW = 256, 64  # stages of a chain, of equal and of unlike ones
+_KINDS = 32  # sizes of stages up to which a chain counts as one of equal ones
+_SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy, or
+_SIZE = 1 / 100  # of the arithmetic of the heaviest one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +77,9 @@ def chain(graph: Graph, sides: Sequence[Side]) -> Chain:
     groups = [state[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     if not state:
         groups = [[]]
-    alone = {n for n, g in enumerate(groups) if len(g) == 1 and is_loop(graph.eqns[g[0]])}
+    alone = {
+        n for n, g in enumerate(groups) if len(g) == 1 and is_loop(graph.eqns[g[0]])
+    }
     shared, own = _sink(graph, sides, groups, alone)
     stages = [sorted(o + g) for o, g in zip(own, groups, strict=True)]
     return _assemble(graph, sorted(shared), stages)
@@ -88,10 +93,10 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     # Elementwise work is light, unless there is nothing else.
     matrices = any(c.matrix for c in counts)
     costs = [c.matrix if matrices else c.elementwise for c in counts]
-    floor = _SHARE * sum(costs)
+    floor = min(_SHARE * sum(costs), _SIZE * max(costs, default=0))
     loops = [p for p in range(count) if is_loop(graph.eqns[state[p]])]
     heavy = [p for p in range(count) if costs[p] > floor or p in set(loops)]
-    cuts = [c for p in loops for c in (p, p + 1) if 0 < c < count]
+    cuts: list[int] = []
     for before, after in zip(heavy, heavy[1:], strict=False):
         cuts.append(min(range(before + 1, after + 1), key=lambda c: widths[c]))
     if heavy and heavy[-1] + 1 < count:
@@ -100,7 +105,22 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     if heavy:
         lead = range(1, heavy[0] + 1)
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
-    return _split_long(sorted(set(cuts)), count, widths)
+    cuts = _split_long(sorted(set(cuts)), count, widths)
+    sizes = {
+        (costs[a:b].count(0.0), sum(costs[a:b]), widths[a])
+        for a, b in zip([0, *cuts], [*cuts, count], strict=True)
+    }
+    kept = _thinned(cuts, widths, _MANY if len(sizes) <= _KINDS else _FEW)
+    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+
+
+def _thinned(cuts: list[int], widths: list[int], most: int) -> list[int]:
+    """At most `most` cuts: the narrowest of each run of neighbours."""
+    run = -(-len(cuts) // most)
+    if run <= 1:
+        return cuts
+    windows = [cuts[k : k + run] for k in range(0, len(cuts), run)]
+    return [min(w, key=lambda c: (widths[c], c)) for w in windows]
 
 
 def _split_long(cuts: list[int], count: int, widths: list[int]) -> list[int]:
@@ -187,7 +207,9 @@ def _assemble(graph: Graph, shared: list[int], stages: list[list[int]]) -> Chain
         bound = {v for e in eqns for v in e.outvars}
         reads = dict.fromkeys(v for e in eqns for v in e.invars if is_var(v))
         invars = tuple(v for v in reads if v not in bound)
-        outs = dict.fromkeys(v for e in eqns for v in e.outvars if wanted(v) and v not in copied)
+        outs = dict.fromkeys(
+            v for e in eqns for v in e.outvars if wanted(v) and v not in copied
+        )
         return Graph(invars, tuple(outs), tuple(eqns))
 
     results = {v for v in graph.outvars if is_var(v)}

@@ -20,20 +20,14 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import networkx as nx
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from passes.graph import Graph, Var, is_var, nbytes, size
+from passes.table import is_dear
 
-# What must not run again in a backward pass; `cost` finds the matrix products.
-_DEAR = frozenset(
-    {"scan", "while", "cond", "custom_vjp_call", "custom_vjp_call_jaxpr", "sort"}
-    | {"fft", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "scatter"}
-    | {"scatter-add", "scatter_add", "gather", "top_k", "pallas_call", "ffi_call"}
-    | {"reduce_window", "reduce_window_sum", "reduce_window_max", "shard_map"}
-    | {"pure_callback", "rng_uniform", "custom_linear_solve", "checkpoint", "remat"}
-    | {"psum", "all_gather", "all_to_all", "ppermute", "psum_invariant", "psum2"}
-    | {"select_and_gather_add", "linear_solve", "reduce_precision"}
-)
+_LARGE = 2**28  # bytes are scaled to add up to at most this
 _FEW = 16  # a reduction to this fraction of what it reads is always kept
 
 
@@ -76,53 +70,81 @@ def narrowest(
         eqn = fwd.eqns[i]
         if any(is_var(v) and v in reads_state for v in eqn.invars):
             reads_state.update(eqn.outvars)
-            dear = _is_dear(eqn, cost)
+            dear = is_dear(eqn, cost)
             if dear or any(is_var(v) and v in tainted for v in eqn.invars):
                 tainted.update(eqn.outvars)
     wanted = [v for v in wanted if v in tainted]
     if not wanted:
         return ()
-    net = nx.DiGraph()
-    source, sink = "source", "sink"
-
-    def node(var: Var) -> None:
-        if (var, 0) not in net:
-            # The 1 breaks ties towards fewer values.
-            net.add_edge((var, 0), (var, 1), capacity=packed_bytes(var) + 1)
-
+    net = _Network()
     for v in wanted:
-        node(v)
-        net.add_edge((v, 1), sink)
+        net.must_follow(v)
     for i in chosen:
         eqn = fwd.eqns[i]
         if not any(v in tainted for v in eqn.outvars):
             continue
         reads = [v for v in eqn.invars if is_var(v) and v in tainted]
         read = max((size(v) for v in reads), default=0)
-        dear = _is_dear(eqn, cost) or not reads
+        dear = is_dear(eqn, cost) or not reads
         for out in eqn.outvars:
-            node(out)
             if dear or (size(out) * _FEW <= read and not _is_key(out)):
-                net.add_edge(source, (out, 0))
-                continue
-            for v in reads:
-                node(v)
-                net.add_edge((v, 1), (out, 0))
-    for v in state:
-        if (v, 0) in net:
-            net.add_edge(source, (v, 0))
-    _, (before, _) = nx.minimum_cut(net, source, sink)
-    cut = [
-        n[0]
-        for n in before
-        if isinstance(n, tuple) and n[1] == 0 and (n[0], 1) not in before
-    ]
+                net.must_precede(out)
+            else:
+                for v in reads:
+                    net.follows(v, out)
+    if not at_hand:
+        for v in state:
+            net.must_precede(v)
     order = {v: -1 for v in fwd.invars} | fwd.producer
-    return tuple(sorted(cut, key=lambda v: (order[v], str(v.aval))))
+    return tuple(sorted(net.cut(), key=lambda v: (order[v], str(v.aval))))
 
 
-def _is_dear(eqn: Any, cost: Callable[[Any], float]) -> bool:
-    return eqn.primitive.name in _DEAR or cost(eqn) > 0
+class _Network:
+    """A flow network in which each variable is an edge that costs its bytes."""
+
+    def __init__(self) -> None:
+        self._index: dict[Var, int] = {}
+        self._edges: list[tuple[int, int]] = []  # between halves of variables
+
+    def _node(self, var: Var) -> int:
+        """A variable enters at node 2i + 2 and leaves at 2i + 3; 0 and 1 are ends."""
+        return 2 * self._index.setdefault(var, len(self._index)) + 2
+
+    def must_precede(self, var: Var) -> None:
+        """The cut is at this variable or behind it."""
+        self._edges.append((0, self._node(var)))
+
+    def must_follow(self, var: Var) -> None:
+        """The cut is at this variable or before it."""
+        self._edges.append((self._node(var) + 1, 1))
+
+    def follows(self, before: Var, after: Var) -> None:
+        """`after` is computed from `before` by a cheap equation."""
+        self._edges.append((self._node(before) + 1, self._node(after)))
+
+    def cut(self) -> list[Var]:
+        """The variables of a minimum cut."""
+        names = list(self._index)
+        size = 2 * len(names) + 2
+        # The solver counts in 32 bits; the 1 breaks ties towards fewer values.
+        costs = [packed_bytes(v) for v in names]
+        scale = max(1, sum(costs) // _LARGE)
+        capacity = [c // scale + 1 for c in costs]
+        inner = [(2 * i + 2, 2 * i + 3) for i in range(len(names))]
+        edges = dict.fromkeys(self._edges)
+        rows, columns = zip(*inner, *edges, strict=True)
+        data = np.array([*capacity, *[2 * _LARGE] * len(edges)], np.int32)
+        graph = sparse.csr_array((data, (rows, columns)), shape=(size, size))
+        flow = csgraph.maximum_flow(graph, 0, 1).flow
+        left = graph - flow
+        left.data = np.maximum(left.data, 0)
+        left.eliminate_zeros()
+        reached = set(csgraph.breadth_first_order(left, 0, return_predecessors=False))
+        return [
+            v
+            for v, (a, b) in zip(names, inner, strict=True)
+            if a in reached and b not in reached
+        ]
 
 
 def _is_key(var: Var) -> bool:

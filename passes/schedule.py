@@ -73,6 +73,9 @@ class Split:
     left: Schedule
 
 
+_LEVELS, _MOST = 64, 1024  # memory levels at first, and at most
+_REFINED = 2  # times that the range is narrowed to what was found
+
 Schedule = Leaf | Store | Split
 
 
@@ -106,20 +109,26 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
         return Planned(None, 0.0, 0)
     top = sum(s.kept + sum(b for b, _ in s.born) for s in stages)
     top += max(s.local for s in stages)
-    levels, best = 48, None
-    for _ in range(3):
+    sizes = sorted(b for s in stages for b, _ in s.born)
+    # Rounding up must not swell the state that is kept most often.
+    common = sizes[len(sizes) // 2] if sizes else top
+    best: tuple[_Table, int] | None = None
+    levels, refined = _LEVELS, 0
+    while True:
         unit = max(1, math.ceil(top / levels))
-        table = _Table(stages, unit, levels + 1, store_first)
+        if unit < common or refined:
+            unit = math.ceil(common / max(1, common // unit))
+        table = _Table(stages, unit, math.ceil(top / unit) + 1, store_first)
         level = table.least(limit)
-        if level is None:
+        if level is not None:
+            best, top, refined = (table, level), max(1, level * unit), refined + 1
+            if refined == _REFINED:
+                break
+        elif best is None and levels < _MOST:
+            levels *= 4  # rounding alone may have put the limit out of reach
+        else:
             break
-        best = table, level
-        top = max(1, min(top - 1, round(level * unit * 1.1)))
-        levels = 96
-    if best is None:
-        table = _Table(stages, max(1, math.ceil(top / 48)), 51, store_first)
-        best = table, table.cheapest()
-    table, level = best
+    table, level = best or (table, table.cheapest())
     return Planned(table.build(level), table.first[0][level], level * table.unit)
 
 
@@ -156,6 +165,9 @@ class _Table:
                 held[b + 1 : last + 1] += size
         return np.ceil(held / self.unit).astype(np.int64)
 
+    def _levels(self, size: int) -> int:
+        return math.ceil(size / self.unit)
+
     def _key(self, i: int, j: int) -> bytes:
         return self._ids[i:j].tobytes()
 
@@ -173,12 +185,12 @@ class _Table:
         stage, levels = self.stages[i], np.arange(self.levels)
         leaf = np.full(self.levels, np.inf)
         if j == i + 1:
-            leaf[levels >= math.ceil(stage.local / self.unit)] = stage.leaf
-        kept = math.ceil(stage.kept / self.unit)
+            leaf[levels >= self._levels(stage.local)] = stage.leaf
+        kept = self._levels(stage.kept)
         after = rest[0] if rest else np.zeros(self.levels)
         by = np.array([kept + (self._holds[i][i + 1] if rest else 0)])
         store = stage.store + self._shift(after[None], by)[0]
-        store[levels < math.ceil(stage.local / self.unit)] = np.inf
+        store[levels < self._levels(stage.local)] = np.inf
         choices = [leaf[None], store[None]]
         if rest:
             middles = np.arange(i + 1, j)
@@ -200,18 +212,16 @@ class _Table:
         return self._solved[self._key(i, j)][0]
 
     def _spine(self) -> None:
-        """The first pass: as any other, unless it may not store whole stages."""
+        """The first pass: it runs every stage, and may not store where it must not."""
         last = self.count
         self.first: dict[int, np.ndarray] = {}
         self._first_pick: dict[int, np.ndarray] = {}
-        if self._store_first:
-            self.first[0] = self._cost(0, last)
-            return
         for i in reversed(range(last)):
             rest = [self.first[k] for k in range(i + 1, last)]
             options = self._options(i, last, rest)
-            again = self._sum[last] - self._sum[i] + self._cost(i, last)
-            options[0], options[1] = again, np.inf
+            options[0] += self.stages[i].forward
+            if not self._store_first:
+                options[1] = np.inf
             pick = options.argmin(axis=0)
             self.first[i] = np.take_along_axis(options, pick[None], 0)[0]
             self._first_pick[i] = pick
@@ -227,15 +237,19 @@ class _Table:
 
     def build(self, level: int) -> Schedule:
         """The schedule behind a level's cost."""
-        if self._store_first:
-            return self._build(0, self.count, level)
         return self._build_first(0, level)
 
     def _build_first(self, i: int, level: int) -> Schedule:
         pick = int(self._first_pick[i][level])
         if pick == 0:
-            # Nothing is kept by the first pass from here on: the state at i is.
-            return self._build(i, self.count, level)
+            return Leaf(i)
+        if pick == 1:
+            if i == self.count - 1:
+                return Store(i, None)
+            after = (
+                level - self._levels(self.stages[i].kept) - int(self._holds[i][i + 1])
+            )
+            return Store(i, self._build_first(i + 1, after))
         k = i + pick - 1
         right = self._build_first(k, level - int(self._holds[i][k]))
         return Split(i, k, right, self._build(i, k, level))
@@ -247,11 +261,10 @@ class _Table:
         if pick == 1:
             if j == i + 1:
                 return Store(i, None)
-            kept = math.ceil(self.stages[i].kept / self.unit)
-            return Store(
-                i,
-                self._build(i + 1, j, level - kept - int(self._holds[i][i + 1])),
+            after = (
+                level - self._levels(self.stages[i].kept) - int(self._holds[i][i + 1])
             )
+            return Store(i, self._build(i + 1, j, after))
         k = i + pick - 1
         right = self._build(k, j, level - int(self._holds[i][k]))
         return Split(i, k, right, self._build(i, k, level))

@@ -58,7 +58,7 @@ class Checkpoint:
             elif isinstance(at, Store):
                 stored.add(at.stage)
                 names = self.stages[at.stage].names
-                kept.update(dict.fromkeys(v for v in names if v in self._bound))
+                kept.update(dict.fromkeys(v for v in names if v in self.bound))
                 at = at.rest
             else:
                 kept.update(dict.fromkeys(self.crossing[at.stage]))
@@ -66,7 +66,7 @@ class Checkpoint:
         return frozenset(stored), tuple(kept)
 
     @functools.cached_property
-    def _bound(self) -> frozenset[Var]:
+    def bound(self) -> frozenset[Var]:
         """What the stages bind; everything else is the program's own input."""
         return frozenset(v for s in self.stages for v in s.graph.outvars)
 

@@ -1,0 +1,183 @@
+"""From nodes and schedules to the plan that the user reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mwc._build import matrix_cost
+from mwc._plan import Plan, StageRecord
+from mwc._planner import Decision, loop_bytes, loop_extra, loop_kept
+from mwc.errors import MoonwalkUnsupportedError
+from mwc.loops import Loop
+from mwc.nodes.checkpoint import Checkpoint
+from mwc.packing import is_packed
+from mwc.stages import Stage, Straight
+from passes import _jax
+from passes.depend import reached
+from passes.graph import Graph, Var, is_var, nbytes, size
+from passes.residuals import packed_bytes
+from passes.schedule import Leaf, Schedule, Split, Store
+from passes.table import is_unknown
+
+
+def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -> Plan:
+    """The plan of a program.
+
+    Args:
+      node: its stages with their schedule.
+      decision: what the planner knows of it.
+      graph: the program, for what no table has.
+      strict: whether a primitive without a rule is an error.
+
+    Returns:
+      The plan.
+
+    Raises:
+      MoonwalkUnsupportedError: with `strict`, what the plan would note.
+    """
+    notes = _unknown(graph)
+    if notes and strict:
+        raise MoonwalkUnsupportedError(notes[0], remedy="leave strict=True out")
+    stored, names = node.spine
+    again = _again(node, decision)
+    states = {v: nbytes(v) for v in names}
+    rows = []
+    for i, stage in enumerate(node.stages):
+        here = sum(states.pop(v, 0) for v in node.crossing[i])
+        rows.append(_row(i, stage, i in stored, here, again[i]))
+    residual = sum(r.residual_bytes + r.state_bytes for r in rows) + sum(
+        states.values()
+    )
+    total = sum(c.forward for c in decision.costs) or 1.0
+    return Plan(
+        stages=tuple(rows),
+        extra_forwards=sum(again) / total,
+        peak_bytes=decision.peak,
+        residual_bytes=residual,
+        state_bytes=0,
+        backprop_bytes=_backprop(node),
+        notes=notes,
+    )
+
+
+def _row(i: int, stage: Stage, stored: bool, state: int, again: float) -> StageRecord:
+    eqn = max(stage.graph.eqns, key=matrix_cost, default=None)
+    name = str(eqn.source_info.name_stack) if eqn is not None else ""
+    bits, kept, strategy, reason = _kept(stage, stored)
+    return StageRecord(
+        name=name or f"stage {i}",
+        source=_jax.source_line(eqn) if eqn is not None else "",
+        kind=_kind(stage, eqn),
+        strategy=strategy,
+        bits=bits,
+        residual_bytes=kept,
+        state_bytes=state,
+        extra_flops=again,
+        amplification=None,
+        reason=reason,
+    )
+
+
+def _kept(stage: Stage, stored: bool) -> tuple[int, int, str, str]:
+    """Bits, bytes, strategy and reason of a stage."""
+    if isinstance(stage, Loop):
+        _, bits, _ = loop_bytes(stage)
+        count = sum(size(v) for v in stage.body.bit_vars if is_packed(v.aval))
+        how = (
+            "each step read from its carry"
+            if stage.pruned
+            else (
+                f"leaves of {stage.group} steps run again and stored; " + stage.body.why
+            )
+        )
+        reason = (
+            f"{stage.slots} carries kept, {loop_extra(stage):.2f} runs again; {how}"
+        )
+        bits = count * stage.length if stage.pruned else 0
+        return bits, loop_kept(stage), "checkpoint", reason
+    assert isinstance(stage, Straight)
+    if stored:
+        kept = stage.kept_vars
+        bytes_ = sum(packed_bytes(v) for v in kept)
+        reason = "its residuals fit, so nothing of it runs again"
+    else:
+        kept = stage.bit_vars
+        bytes_ = sum(packed_bytes(v) for v in kept)
+        if stage.rerun:
+            reason = "its backward runs it again: " + stage.why
+        elif kept:
+            reason = "its backward reads its input and these bits"
+        else:
+            reason = "its backward reads its input alone"
+    bits = sum(size(v) for v in kept if is_packed(v.aval))
+    return bits, bytes_, "stored" if stored else "checkpoint", reason
+
+
+def _kind(stage: Stage, eqn: Any) -> str:
+    if eqn is None:
+        return "nothing"
+    if eqn.primitive.name == "scan":
+        return f"scan[{eqn.params['length']}]"
+    if matrix_cost(eqn) > 0 or len(stage.graph.eqns) == 1:
+        return eqn.primitive.name
+    return "elementwise"
+
+
+def _again(node: Checkpoint, decision: Decision) -> list[float]:
+    """FLOPs that each stage runs after the first pass."""
+    costs = decision.costs
+    again = [0.0] * len(costs)
+
+    def walk(at: Schedule | None, first: bool) -> None:
+        if isinstance(at, Leaf):
+            again[at.stage] += costs[at.stage].leaf
+        elif isinstance(at, Store):
+            cost = costs[at.stage]
+            again[at.stage] += cost.store - (cost.forward if first else 0.0)
+            walk(at.rest, first)
+        elif isinstance(at, Split):
+            if not first:
+                for i in range(at.start, at.middle):
+                    again[i] += costs[i].forward
+            walk(at.right, first)
+            walk(at.left, False)
+
+    walk(node.schedule, True)
+    return again
+
+
+def _backprop(node: Checkpoint) -> int:
+    """Bytes of the residuals that `jax.vjp` keeps, each value once."""
+    seen: set[Var] = set()
+    total = 0
+    for stage in node.stages:
+        if isinstance(stage, Loop):
+            linear = stage.body.linear
+            outer = set(linear.fwd.invars) - set(linear.fwd.invars[stage.carries])
+            rows = {v for v in linear.residuals if is_var(v) and v not in outer}
+            total += stage.length * sum(nbytes(v) for v in rows)
+            continue
+        assert isinstance(stage, Straight)
+        fwd, chain = stage.linear.fwd, stage.chain_names()
+        moving = reached(fwd, [f for f in fwd.invars if chain[f] in node.bound])
+        for v in set(filter(is_var, stage.linear.residuals)) & moving:
+            name = chain.get(v)
+            if name is None or name not in seen:
+                seen.update({name} - {None})
+                total += nbytes(v)
+    return total
+
+
+def _unknown(graph: Graph) -> tuple[str, ...]:
+    found: dict[str, str] = {}
+    for eqn in graph.eqns:
+        name = eqn.primitive.name
+        if is_unknown(eqn, matrix_cost) and name not in found:
+            kept = sum(nbytes(v) for v in eqn.outvars)
+            found[name] = (
+                f"no rule for primitive {name!r} at {_jax.source_line(eqn)}: its stage "
+                f"keeps JAX's own derivative and its result ({kept} bytes) counts as "
+                "dear to run again; wrap it in jax.custom_vjp to choose its residuals, "
+                "or add its name to passes/table.py"
+            )
+    return tuple(found.values())
