@@ -1,0 +1,75 @@
+"""The examples and the README's tour run, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command):
+    """What a Python command prints; it must succeed."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_digits():
+    said = run(
+        *("examples/digits.py", "--depth", "6", "--width", "64"),
+        *("--epochs", "20", "--batch", "239", "--target", "cpu"),
+    )
+    difference = re.search(r"largest difference between the losses: (\S+)", said)
+    assert difference is not None
+    assert float(difference[1]) <= 1e-4
+    assert re.search(r"^ *moonwalk .*\d", said, re.MULTILINE)
+    assert "extra forward passes" in said
+    assert float(said.split()[-1]) >= 0.9
+
+
+def test_digits_says_what_a_target_lacks(tmp_path, monkeypatch):
+    from mwc.memory import plugin
+
+    if plugin.in_environment():
+        pytest.skip("this environment has JAX's CUDA plugin")
+    monkeypatch.setenv("MWC_TARGET_DIR", str(tmp_path))
+    small = ("--depth", "1", "--width", "16", "--epochs", "1")
+    said = run("examples/digits.py", *small, "--target", "h200")
+    assert "python -m mwc target install" in said
+
+
+def test_memory_table():
+    said = run("examples/memory_table.py", "--help")
+    assert "--target" in said
+
+
+def test_tour_of_the_readme():
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code) == 1
+    said = run("-c", code[0])
+    assert "backprop" in said
+    assert "agree" in said
+
+
+def test_readme_has_the_two_commands():
+    commands = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/python examples/digits.py")
+    assert ".venv/bin/python -m pytest" in commands[1]
