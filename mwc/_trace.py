@@ -26,7 +26,8 @@ import numpy as np
 from mwc.errors import MoonwalkError, MoonwalkTypeError, MoonwalkValueError
 from passes import _jax
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+# A Python bool is static: modules keep modes in them, and branch on them.
+_ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 
 
 class MoonwalkConcretizationError(
@@ -84,7 +85,8 @@ class _Equal:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced; everything else is static."""
-    return isinstance(leaf, _ARRAYS) or hasattr(leaf, "dtype")
+    known = isinstance(leaf, _ARRAYS) and not isinstance(leaf, bool)
+    return known or hasattr(leaf, "dtype")
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -116,4 +116,5 @@ def is_array(leaf: Any) -> bool:
     """Whether JAX would trace a leaf."""
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind not in "OSUmM"
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | numbers.Number)
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | numbers.Number)
+    return known and not isinstance(leaf, bool)
