@@ -19,6 +19,7 @@ from mwc._build import Builder
 from mwc._describe import describe
 from mwc._plan import Plan
 from mwc._planner import schedule
+from mwc._policy import pins
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.stages import Stage
 from passes.chain import chain
@@ -47,7 +48,8 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     parameters = [
         v for v, r in zip(graph.invars, roles, strict=True) if r == "parameter"
     ]
-    cut = chain(graph, sides(graph, parameters, cost))
+    pinned = pins(graph, options.policy)
+    cut = chain(graph, sides(graph, parameters, cost), pinned)
     tangents = carries_tangent(graph, graph.invars, is_inexact)
     outside = {*graph.invars, *cut.prologue.outvars}
     builder = Builder(outside, tangents)
@@ -55,7 +57,9 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     prologue = builder.straight(cut.prologue)
     crossing = tuple(p.crossing for p in cut.pieces)
     decision = schedule(stages, crossing, builder, options)
-    node = Checkpoint(decision.stages, crossing, decision.schedule)
+    bound = {v for s in decision.stages for v in s.graph.outvars}
+    pinned = tuple(v for v in pinned if v in bound)
+    node = Checkpoint(decision.stages, crossing, decision.schedule, pinned)
     plan = describe(node, decision, graph, options.strict)
     return Emitted(jaxpr, graph, prologue, node, plan)
 

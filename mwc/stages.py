@@ -113,8 +113,9 @@ class Straight:
         return len(self.kept_vars)
 
     def run(self, values: Values, effects: bool = False) -> None:
-        """Binds the results in `values`."""
-        env = {v: values[v] for v in self.graph.invars}
+        """Binds the results in `values`; one that is there is not run for."""
+        ends = (*self.graph.invars, *self.graph.outvars)
+        env = {v: values[v] for v in ends if v in values}
         outs = evaluate(self.graph, env, self.graph.outvars, effects)
         values.update(zip(self.graph.outvars, outs, strict=True))
 

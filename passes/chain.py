@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from passes.depend import Side, last_reads
@@ -61,12 +61,15 @@ class Chain:
     pieces: tuple[Piece, ...]
 
 
-def chain(graph: Graph, sides: Sequence[Side]) -> Chain:
+def chain(
+    graph: Graph, sides: Sequence[Side], pinned: Collection[Var] = ()
+) -> Chain:
     """Cuts a program into stages.
 
     Args:
       graph: the program.
       sides: the side of each equation (`passes.depend`).
+      pinned: variables that stages shall name among their results.
 
     Returns:
       The chain; evaluating prologue and pieces in order is evaluating the graph.
@@ -82,7 +85,7 @@ def chain(graph: Graph, sides: Sequence[Side]) -> Chain:
     }
     shared, own = _sink(graph, sides, groups, alone)
     stages = [sorted(o + g) for o, g in zip(own, groups, strict=True)]
-    return _assemble(graph, sorted(shared), stages)
+    return _assemble(graph, sorted(shared), stages, {*pinned})
 
 
 def _cuts(graph: Graph, state: list[int]) -> list[int]:
@@ -197,7 +200,9 @@ def _sink(
     return shared, own
 
 
-def _assemble(graph: Graph, shared: list[int], stages: list[list[int]]) -> Chain:
+def _assemble(
+    graph: Graph, shared: list[int], stages: list[list[int]], pinned: set[Var]
+) -> Chain:
     # A constant equation is copied to its readers and never crosses a cut.
     times = collections.Counter(i for indices in stages for i in indices)
     copied = {v for i, n in times.items() if n > 1 for v in graph.eqns[i].outvars}
@@ -212,7 +217,7 @@ def _assemble(graph: Graph, shared: list[int], stages: list[list[int]]) -> Chain
         )
         return Graph(invars, tuple(outs), tuple(eqns))
 
-    results = {v for v in graph.outvars if is_var(v)}
+    results = {v for v in graph.outvars if is_var(v)} | pinned
     place: dict[Var, int] = {}
     for stage, indices in enumerate(stages):
         for i in indices:

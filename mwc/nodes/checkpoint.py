@@ -35,11 +35,13 @@ class Checkpoint:
       crossing: for each stage, the variables alive before it that earlier stages
         bind; `values` always has the program's own inputs besides.
       schedule: of all stages, or None of none.
+      pinned: results that the first pass keeps whatever the schedule says.
     """
 
     stages: tuple[Stage, ...]
     crossing: tuple[tuple[Var, ...], ...]
     schedule: Schedule | None
+    pinned: tuple[Var, ...] = ()
 
     @functools.cached_property
     def spine(self) -> tuple[frozenset[int], tuple[Var, ...]]:
@@ -63,7 +65,7 @@ class Checkpoint:
             else:
                 kept.update(dict.fromkeys(self.crossing[at.stage]))
                 at = None
-        return frozenset(stored), tuple(kept)
+        return frozenset(stored), tuple(dict.fromkeys((*kept, *self.pinned)))
 
     @functools.cached_property
     def bound(self) -> frozenset[Var]:
@@ -130,6 +132,7 @@ class Checkpoint:
             number = number if self._live(i, tangents) else 0
             residuals.append(rest[:number])
             rest = rest[number:]
+        values = values | {v: states[v] for v in self.pinned}
         if self.schedule is not None:
             sweep = _Sweep(self, values, states, residuals, wanted, cts)
             sweep.reverse(self.schedule, {}, first=True)
