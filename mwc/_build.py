@@ -66,18 +66,22 @@ class Builder:
         body = inline(eqn.params["jaxpr"])
         consts, carries = _jax.scan_layout(eqn)
         carry = body.invars[consts : consts + carries]
-        outer = [*eqn.invars[:consts], *eqn.outvars[:carries]]
-        outer += eqn.invars[consts + carries :]
-        moving = {
-            v
-            for v, o in zip(body.invars, outer, strict=True)
-            if is_var(o) and o in self._tangents
-        }
+        pairs = zip(body.invars, self.moving(eqn, body), strict=True)
+        moving = {v for v, moves in pairs if moves}
         inner = Builder({*body.invars} - {*carry}, moving)
         stage = inner.straight(body)
         whole = sum(matrix_cost(e) for e in body.eqns)
         pruned = rerun_cost(stage.linear, stage.bit_vars) <= _FREE * whole
         return Loop(graph, stage, group=1, slots=0, pruned=pruned)
+
+    def moving(self, eqn: Any, body: Graph) -> list[bool]:
+        """Which inputs of a scan's body may carry a tangent."""
+        consts, carries = _jax.scan_layout(eqn)
+        # A carry that starts without a tangent gets one from the step before.
+        outer = [*eqn.invars[:consts], *eqn.outvars[:carries]]
+        outer += eqn.invars[consts + carries :]
+        pairs = zip(body.invars, outer, strict=True)
+        return [is_var(o) and o in self._tangents for _, o in pairs]
 
     def straight(self, graph: Graph) -> Straight:
         """The stage of straight-line code."""

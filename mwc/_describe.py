@@ -6,7 +6,8 @@ from typing import Any
 
 from mwc._build import matrix_cost
 from mwc._plan import Plan, StageRecord
-from mwc._planner import Decision, loop_bytes, loop_extra, loop_kept
+from mwc._planner import Decision, loop_extra, loop_kept
+from mwc.chained import Chained
 from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
@@ -81,19 +82,20 @@ def _row(i: int, stage: Stage, stored: bool, state: int, again: float) -> StageR
 def _kept(stage: Stage, stored: bool) -> tuple[int, int, str, str]:
     """Bits, bytes, strategy and reason of a stage."""
     if isinstance(stage, Loop):
-        _, bits, _ = loop_bytes(stage)
-        count = sum(size(v) for v in stage.body.bit_vars if is_packed(v.aval))
-        how = (
-            "each step read from its carry"
-            if stage.pruned
-            else (
-                f"leaves of {stage.group} steps run again and stored; " + stage.body.why
+        body = stage.body
+        bits = 0
+        if not isinstance(body, Straight):
+            how = f"each step a chain run again {stage.leaf_forwards:.2f} times"
+        elif stage.pruned:
+            how = "each step read from its carry and its bits"
+            bits = stage.length * sum(
+                size(v) for v in body.bit_vars if is_packed(v.aval)
             )
-        )
+        else:
+            how = f"leaves of {stage.group} steps run again and stored; " + body.why
         reason = (
             f"{stage.slots} carries kept, {loop_extra(stage):.2f} runs again; {how}"
         )
-        bits = count * stage.length if stage.pruned else 0
         return bits, loop_kept(stage), "checkpoint", reason
     assert isinstance(stage, Straight)
     if stored:
@@ -152,10 +154,7 @@ def _backprop(node: Checkpoint) -> int:
     total = 0
     for stage in node.stages:
         if isinstance(stage, Loop):
-            linear = stage.body.linear
-            outer = set(linear.fwd.invars) - set(linear.fwd.invars[stage.carries])
-            rows = {v for v in linear.residuals if is_var(v) and v not in outer}
-            total += stage.length * sum(nbytes(v) for v in rows)
+            total += stage.length * _body_residuals(stage)
             continue
         assert isinstance(stage, Straight)
         fwd, chain = stage.linear.fwd, stage.chain_names()
@@ -166,6 +165,21 @@ def _backprop(node: Checkpoint) -> int:
                 seen.update({name} - {None})
                 total += nbytes(v)
     return total
+
+
+def _body_residuals(loop: Loop) -> int:
+    """Bytes of the residuals of one step, per-step inputs and constants left out."""
+    body = loop.body
+    if not isinstance(body, Straight):
+        assert isinstance(body, Chained)
+        return _backprop(body.node) + sum(
+            nbytes(v) for v in body.graph.invars[loop.carries]
+        )
+    linear = body.linear
+    outer = set(linear.fwd.invars) - set(linear.fwd.invars[loop.carries])
+    moving = reached(linear.fwd, linear.fwd.invars[loop.carries])
+    rows = {v for v in linear.residuals if is_var(v) and v not in outer}
+    return sum(nbytes(v) for v in rows & moving)
 
 
 def _unknown(graph: Graph) -> tuple[str, ...]:

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 
 from mwc import _trace
 from mwc._shared import Shared
-from mwc._trace import is_array, is_differentiable, unwrap, wrap
+from mwc._trace import (
+    is_array,
+    is_differentiable,
+    unwrap,
+    without_static,
+    wrap,
+)
 from mwc.errors import MoonwalkTypeError
 
 
@@ -54,13 +60,14 @@ class Gradients:
             )
         chosen = [args[i] for i in indices]
         self._check_arguments(chosen)
-        leaves, tree = jax.tree.flatten(chosen)
+        leaves, tree = jax.tree.flatten(wrap(chosen))
         flags = [is_differentiable(leaf) for leaf in leaves]
 
         def loss(moving: list[Any]) -> Any:
             rest = iter(moving)
             pairs = zip(leaves, flags, strict=True)
-            new = jax.tree.unflatten(tree, [next(rest) if f else x for x, f in pairs])
+            new = [next(rest) if f else x for x, f in pairs]
+            new = unwrap(jax.tree.unflatten(tree, new))
             full = list(args)
             for index, value in zip(indices, new, strict=True):
                 full[index] = value
@@ -71,6 +78,7 @@ class Gradients:
         (value, aux), found = jax.value_and_grad(loss, has_aux=True)(moving)
         rest = iter(found)
         grads = jax.tree.unflatten(tree, [next(rest) if f else None for f in flags])
+        grads = without_static(grads)
         result = (value, aux) if self.shared.has_aux else value
         return result, grads[0] if isinstance(argnums, int) else tuple(grads)
 

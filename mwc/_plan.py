@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +83,8 @@ class Plan:
                 row.reason,
             )
         lines = [
-            f"{len(self.stages)} stages, {self.extra_forwards:.2f} extra forward passes",
+            f"{len(self.stages)} stages, "
+            f"{self.extra_forwards:.2f} extra forward passes",
             f"kept between the passes {_mib(self.residual_bytes)} MiB "
             f"(backpropagation {_mib(self.backprop_bytes)}), "
             f"predicted peak {_mib(self.peak_bytes)} MiB",

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from mwc._build import Builder, matrix_cost
+from mwc._build import matrix_cost
 from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import store_all
@@ -33,62 +32,64 @@ class Decision:
       schedule: of all of them.
       costs: of each.
       peak: bytes at the predicted peak.
+      again: forward passes that the backward runs.
     """
 
     stages: tuple[Stage, ...]
     schedule: Schedule | None
     costs: tuple[Costs, ...]
     peak: int
+    again: float
 
 
 _SERVED = ("checkpoint", "stored")
 SLACK = 0.1  # of a forward pass, DESIGN section 4
 
 
+def allowed(strategies: Collection[str] | None) -> set[str]:
+    """The strategies that there are, of those that the user allows.
+
+    Raises:
+      MoonwalkUnsupportedError: none is left.
+    """
+    found = set(strategies or _SERVED) & set(_SERVED)
+    if not found:
+        raise MoonwalkUnsupportedError(
+            f"no stage can be served by strategies={strategies!r}",
+            expected=f"at least one of {', '.join(map(repr, _SERVED))}",
+            remedy="add 'checkpoint', which serves every stage",
+        )
+    return found
+
+
 def schedule(
     stages: Sequence[Stage],
     crossing: Sequence[tuple[Var, ...]],
-    builder: Builder,
-    options: Any,
+    extra: float,
+    strategies: Collection[str],
 ) -> Decision:
-    """Settles the loops and schedules the chain.
+    """Schedules a chain whose loops are settled.
 
     Args:
       stages: the stages.
       crossing: the variables alive before each stage.
-      builder: what made them.
-      options: `extra_forwards` and `strategies` are read.
+      extra: the most extra forward passes.
+      strategies: what may be used.
 
     Returns:
       The decision.
     """
-    allowed = set(options.strategies or _SERVED) & set(_SERVED)
-    if not allowed:
-        raise MoonwalkUnsupportedError(
-            f"no stage can be served by strategies={options.strategies!r}",
-            expected=f"at least one of {', '.join(map(repr, _SERVED))}",
-            remedy="add 'checkpoint', which serves every stage",
-        )
-    extra = 2.0 if options.extra_forwards is None else options.extra_forwards
-    stages = tuple(_settled(s, builder, extra, allowed) for s in stages)
-    costs = stage_costs(stages, crossing)
+    stages = tuple(stages)
+    costs = tuple(stage_costs(stages, crossing))
     total = sum(c.forward for c in costs)
-    if "checkpoint" not in allowed:
+    if "checkpoint" not in strategies:
         kept = sum(c.kept + sum(b for b, _ in c.born) for c in costs)
-        return Decision(stages, store_all(len(stages)), tuple(costs), kept)
+        return Decision(stages, store_all(len(stages)), costs, kept, 0.0)
     limit = math.inf if math.isinf(extra) else (1 + extra + SLACK) * total
-    found = plan(costs, limit, store_first="stored" in allowed)
+    found = plan(costs, limit, store_first="stored" in strategies)
     bits = sum(packed_bytes(v) for s in stages for v in getattr(s, "bit_vars", ()))
-    return Decision(stages, found.schedule, tuple(costs), found.memory + bits)
-
-
-def _settled(
-    stage: Stage, builder: Builder, extra: float, allowed: Collection[str]
-) -> Stage:
-    if not isinstance(stage, Loop):
-        return stage
-    found = settle(stage, extra) if "checkpoint" in allowed else None
-    return found or builder.straight(stage.graph)
+    more = max(0.0, found.cost / total - 1) if total else 0.0
+    return Decision(stages, found.schedule, costs, found.memory + bits, more)
 
 
 def stage_costs(
@@ -121,63 +122,70 @@ def _costs(
     if isinstance(stage, Loop):
         both = forward * (1 + loop_extra(stage))
         kept = loop_kept(stage)
-        return Costs(forward, both, both, kept, kept + loop_leaf(stage) + through, born)
+        return Costs(forward, both, both, kept, kept + stage.leaf_bytes + through, born)
     assert isinstance(stage, Straight)
     kept = sum(packed_bytes(v) for v in stage.kept_vars)
     rerun = stage.rerun if matrices else forward
     return Costs(forward, min(rerun, forward), forward, kept, kept + through, born)
 
 
-def loop_bytes(loop: Loop) -> tuple[int, int, int]:
-    """Bytes of a carry, of a step's bits, and of a step's stored residuals."""
-    body = loop.body
-    carry = body.graph.invars[loop.carries]
-    names = [v for v in body.names if v in carry or v in body.graph.producer]
-    return (
-        sum(nbytes(v) for v in carry),
-        sum(packed_bytes(v) for v in body.bit_vars) if loop.pruned else 0,
-        sum(packed_bytes(v) for v in (*body.kept_vars, *names)),
-    )
+def carry_bytes(loop: Loop) -> int:
+    """Bytes of a loop's carry."""
+    return sum(nbytes(v) for v in loop.body.graph.invars[loop.carries])
+
+
+def bit_bytes(loop: Loop) -> int:
+    """Bytes of a step's bits."""
+    if not loop.pruned or not isinstance(loop.body, Straight):
+        return 0
+    return sum(packed_bytes(v) for v in loop.body.bit_vars)
 
 
 def loop_kept(loop: Loop) -> int:
     """Bytes that the first pass of a loop keeps."""
-    carry, bits, _ = loop_bytes(loop)
-    return loop.slots * carry + loop.length * bits
-
-
-def loop_leaf(loop: Loop) -> int:
-    """Bytes that a leaf of a loop stores."""
-    return 0 if loop.pruned else loop.group * loop_bytes(loop)[2]
+    return loop.slots * carry_bytes(loop) + loop.length * bit_bytes(loop)
 
 
 def loop_extra(loop: Loop) -> float:
     """Forward passes that a loop's backward runs again."""
     leaves = -(-loop.length // loop.group)
-    return again(leaves, loop.slots) / leaves + (0 if loop.pruned else 1)
+    return again(leaves, loop.slots) / leaves + loop.leaf_forwards
 
 
-def settle(loop: Loop, extra: float) -> Loop | None:
-    """The loop with the slots and leaf length of least memory, or None."""
-    limit = extra + SLACK
+def grouped(loop: Loop, whole: int) -> Iterator[Loop]:
+    """The loop with leaves of every length worth trying, without slots.
+
+    `whole` is what one step needs when run and stored as a chain; without the
+    chain's order the compiler was seen to need about a quarter more.
+    """
+    body = loop.body
+    assert isinstance(body, Straight)
+    if loop.pruned:
+        yield loop
+        return
+    carry = body.graph.invars[loop.carries]
+    names = [v for v in body.names if v in carry or v in body.graph.producer]
+    step = sum(packed_bytes(v) for v in (*body.kept_vars, *names))
+    length, group = loop.length, 1
+    while group <= length:
+        size = (group - 1) * step + max(step, whole * 5 // 4)
+        yield dataclasses.replace(loop, group=group, leaf_forwards=1.0, leaf_bytes=size)
+        # All small ones, then steps of a twelfth, then the whole loop.
+        more = max(group + 1, group * 13 // 12)
+        group = length if group < length < more else more
+
+
+def settle(choices: Iterable[Loop], extra: float) -> Loop | None:
+    """The choice of least memory, with its slots, or None within the time."""
     best: tuple[int, Loop] | None = None
-    for group in [1] if loop.pruned else _groups(loop.length):
-        leaves = -(-loop.length // group)
-        most = limit if loop.pruned else limit - 1
-        slots = least_slots(leaves, most * leaves)
+    for loop in choices:
+        leaves = -(-loop.length // loop.group)
+        most = extra + SLACK - loop.leaf_forwards
+        slots = least_slots(leaves, most * leaves) if most >= 0 else None
         if slots is None:
             continue
-        found = dataclasses.replace(loop, group=group, slots=slots)
-        need = loop_kept(found) + loop_leaf(found)
+        found = dataclasses.replace(loop, slots=slots)
+        need = loop_kept(found) + found.leaf_bytes
         if best is None or need < best[0]:
             best = need, found
     return best[1] if best else None
-
-
-def _groups(length: int) -> list[int]:
-    """Leaf lengths to try: all small ones, then steps of a twelfth."""
-    found, g = [], 1
-    while g < length:
-        found.append(g)
-        g = max(g + 1, g * 13 // 12)
-    return [*found, length]

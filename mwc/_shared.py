@@ -14,7 +14,7 @@ from mwc._options import Options
 from mwc._primitives import call_p
 from mwc._site import Site
 from mwc._spec import Spec
-from mwc._trace import Signature, is_array, unwrap, wrap
+from mwc._trace import Signature, is_array, is_number, unwrap, wrap
 from mwc.errors import MoonwalkUnsupportedError
 from passes import _jax
 
@@ -74,7 +74,7 @@ class Shared:
             signature.check_static(args, kwargs)
             dynamic = signature.dynamic(args, kwargs)
         leaves = jax.tree.leaves(dynamic)
-        if all(map(is_array, leaves)):
+        if not any(is_number(leaf) or not is_array(leaf) for leaf in leaves):
             return args, kwargs, leaves
         for leaf in leaves:
             if not is_array(leaf):
@@ -83,7 +83,7 @@ class Shared:
         args = tuple(a if i in nums else wrap(a) for i, a in enumerate(args))
         names = signature.static_names
         kwargs = {k: v if k in names else wrap(v) for k, v in kwargs.items()}
-        return args, kwargs, [leaf for leaf in leaves if is_array(leaf)]
+        return args, kwargs, jax.tree.leaves(wrap(dynamic))
 
     def entry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int

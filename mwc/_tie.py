@@ -16,18 +16,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from passes import _jax
+
 Array = Any
 
 
 def _is_key(x: Array) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def barrier(values: Sequence[Array]) -> list[Array]:
-    """Values that become available together; typed keys pass as they are."""
+    """Values that become available together; typed keys pass as they are.
+
+    Inside `shard_map` those that vary over the same mesh axes do: a barrier of JAX
+    0.10 makes all its values vary over the axes of any.
+    """
     values = list(values)
-    at = [i for i, x in enumerate(values) if not _is_key(x)]
-    if at:
+    groups: dict[frozenset[Any], list[int]] = {}
+    for i, x in enumerate(values):
+        if not _is_key(x):
+            groups.setdefault(_jax.varying(x), []).append(i)
+    for at in groups.values():
         held = lax.optimization_barrier([values[i] for i in at])
         for i, x in zip(at, held, strict=True):
             values[i] = x
@@ -50,7 +59,13 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     if token is None or token.size == 0:
         return barrier(values)
     *held, token = barrier([*values, token])
-    at = [i for i, x in enumerate(held) if not _is_key(x) and x.size]
+    axes = _jax.varying(token)
+    # Inside shard_map a value would take over the axes that the token varies over.
+    at = [
+        i
+        for i, x in enumerate(held)
+        if not _is_key(x) and x.size and axes == _jax.varying(x)
+    ]
 
     def select(token: Array, *chosen: Array) -> list[Array]:
         never = _never(token)

@@ -94,15 +94,44 @@ def is_differentiable(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a Python number: traced, but static inside a module."""
+    return isinstance(leaf, (int, float, complex)) and not isinstance(leaf, np.generic)
+
+
+def _is_module(node: Any) -> bool:
+    """Whether a node is an equinox module, whose numbers are hyperparameters."""
+    return any(c.__module__.split(".")[0] == "equinox" for c in type(node).__mro__)
+
+
 def wrap(tree: Any) -> Any:
-    """Makes leaves that are not arrays part of the structure."""
-    return jax.tree.map(lambda x: x if is_array(x) else Static(x), tree)
+    """Makes leaves that are not arrays part of the structure.
+
+    Inside an equinox module so are Python numbers, as for `equinox.filter_jit`: the
+    pooling layers keep the start of a reduction in one.
+    """
+
+    def inside(leaf: Any) -> Any:
+        return leaf if is_array(leaf) and not is_number(leaf) else Static(leaf)
+
+    def outside(part: Any) -> Any:
+        if _is_module(part):
+            return jax.tree.map(inside, part)
+        return part if is_array(part) else Static(part)
+
+    return jax.tree.map(outside, tree, is_leaf=_is_module)
 
 
 def unwrap(tree: Any) -> Any:
     """Undoes `wrap`."""
     found = lambda x: isinstance(x, Static)  # noqa: E731
     return jax.tree.map(lambda x: x.value if found(x) else x, tree, is_leaf=found)
+
+
+def without_static(tree: Any) -> Any:
+    """None where `wrap` found something that is not an array: it has no gradient."""
+    found = lambda x: isinstance(x, Static)  # noqa: E731
+    return jax.tree.map(lambda x: None if found(x) else x, tree, is_leaf=found)
 
 
 def has_static(tree: Any) -> bool:

@@ -7,12 +7,13 @@ may fill freed slots on its way), then pulls through the leaf. A leaf is
 
 - one step, pulled from its carry and its bits without running it, where the body's
   input cotangent needs small residuals only (`group` = 1, `pruned`);
-- otherwise `group` steps, run again with their residuals stored.
+- `group` steps, run again with their residuals stored;
+- one step whose body is a chain under a schedule of its own (`mwc.chained`).
 
 Per-step inputs are indexed in their full stacks, gradients of stacked weights are
 written in place, and the schedule is a table (`passes.binomial`), so the code does
-not grow with the number of steps. Source: DESIGN section 4 and 7. Limits: the body
-is one stage; loops with effects keep JAX's own derivative.
+not grow with the number of steps. Source: DESIGN section 4 and 7. Limits: loops
+with effects keep JAX's own derivative.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mwc import packing
-from mwc.stages import Straight, Values
+from mwc import _stacks as stacks
+from mwc.stages import Stage, Straight, Values
 from passes import _jax
 from passes.binomial import Instructions, instructions
 from passes.graph import Graph, Var, evaluate, is_var, read
@@ -47,13 +47,17 @@ class Loop:
       group: steps of a leaf.
       slots: states that are kept.
       pruned: whether a leaf starts from bits.
+      leaf_forwards: forward passes that the leaves run, over those of the loop.
+      leaf_bytes: what a leaf keeps while it runs.
     """
 
     graph: Graph
-    body: Straight
+    body: Stage
     group: int
     slots: int
     pruned: bool
+    leaf_forwards: float = 0.0
+    leaf_bytes: int = 0
 
     @property
     def eqn(self) -> Any:
@@ -144,6 +148,13 @@ class _Sweeps:
         self._y_vars = outvars[carries:]
         self._length = loop.length
 
+    @property
+    def _bit_vars(self) -> tuple[Var, ...]:
+        """What every step of the first pass keeps."""
+        if self._loop.pruned and isinstance(self._body, Straight):
+            return self._body.bit_vars
+        return ()
+
     # One step -----------------------------------------------------------------
 
     def _at(self, step: Array) -> Array:
@@ -154,7 +165,9 @@ class _Sweeps:
         at = self._at(step)
         values = dict(zip(self._const_vars, self._consts, strict=True))
         values.update(zip(self._carry_vars, carry, strict=True))
-        values.update((v, _take(x, at)) for v, x in zip(self._x_vars, self._xs))
+        values.update(
+            (v, stacks.take(x, at)) for v, x in zip(self._x_vars, self._xs, strict=True)
+        )
         return values
 
     def _outputs(self, values: Values, atoms: Sequence[Any]) -> list[Array]:
@@ -178,13 +191,13 @@ class _Sweeps:
         for slot, leaf in enumerate(loop.plan.spine):
             marks[leaf * loop.group] = slot
         table = jnp.asarray(marks)
-        bit_vars = body.bit_vars if loop.pruned else ()
-        slots = [_stack_like(x, loop.slots) for x in self._init] if loop.slots else []
-        bits = [_zeros(self._length, _packed(v), v) for v in bit_vars]
+        bit_vars = self._bit_vars
+        slots = [stacks.repeat(x, loop.slots) for x in self._init] if loop.slots else []
+        bits = [stacks.zeros(self._length, stacks.packed(v), v) for v in bit_vars]
         results = loop.eqn.outvars[loop.counts[1] :]
         used = [not _jax.is_drop(v) for v in results]
         ys = [
-            _zeros(self._length, v.aval, v)
+            stacks.zeros(self._length, v.aval, v)
             for v, u in zip(self._y_vars, used, strict=True)
             if u
         ]
@@ -194,7 +207,7 @@ class _Sweeps:
             carry, slots, bits, ys = state
             if slots:
                 # Zero or one trip: a conditional would copy the slots.
-                write = lambda _, s: [_put(b, x, table[i]) for b, x in zip(s, carry)]
+                write = functools.partial(stacks.write, carry, table[i])
                 slots = lax.fori_loop(
                     0, (table[i] >= 0).astype(jnp.int32), write, slots
                 )
@@ -202,9 +215,9 @@ class _Sweeps:
             kept = body.first(values, store=False, effects=False)
             kept = kept if loop.pruned else []
             at = self._at(i)
-            bits = [_put(b, x, at) for b, x in zip(bits, kept, strict=True)]
+            bits = [stacks.put(b, x, at) for b, x in zip(bits, kept, strict=True)]
             out = self._outputs(values, y_vars)
-            ys = [_put(b, x, at) for b, x in zip(ys, out, strict=True)]
+            ys = [stacks.put(b, x, at) for b, x in zip(ys, out, strict=True)]
             return self._outputs(values, self._next_vars), slots, bits, ys
 
         state = (self._init, slots, bits, ys)
@@ -231,10 +244,10 @@ class _Sweeps:
         x_vars = [v for v in self._x_vars if v in ask]
         nexts = dict(zip(self._carry_vars, self._next_vars, strict=True))
         results = dict(zip(self._carry_vars, loop.eqn.outvars, strict=False))
-        g_consts = [_zeros(None, v.aval, v) for v in c_vars]
-        g_xs = [_zeros(self._length, v.aval, v) for v in x_vars]
+        g_consts = [stacks.zeros(None, v.aval, v) for v in c_vars]
+        g_xs = [stacks.zeros(self._length, v.aval, v) for v in x_vars]
         g_carry = [
-            cts[results[v]] if results[v] in cts else _zeros(None, v.aval, v)
+            cts[results[v]] if results[v] in cts else stacks.zeros(None, v.aval, v)
             for v in h_vars
         ]
         names = zip(self._y_vars, loop.eqn.outvars[loop.counts[1] :], strict=True)
@@ -245,21 +258,23 @@ class _Sweeps:
             at = self._at(i)
             due: Values = {}
             pairs = [(nexts[v], g) for v, g in zip(h_vars, g_carry, strict=True)]
-            for v, ct in (*pairs, *((v, _take(ct, at)) for v, ct in y_cts)):
+            for v, ct in (*pairs, *((v, stacks.take(ct, at)) for v, ct in y_cts)):
                 if is_var(v):
                     due[v] = due[v] + ct if v in due else ct
             values = self._inputs(i, carry)
             found = body.pull(values, kept, stored, due, ask)
-            zero = lambda v: _zeros(None, v.aval, v)
             g_xs = [
-                _put(b, found[v], at) if v in found else b
+                stacks.put(b, found[v], at) if v in found else b
                 for b, v in zip(g_xs, x_vars, strict=True)
             ]
             g_consts = [
                 g + found[v] if v in found else g
                 for g, v in zip(g_consts, c_vars, strict=True)
             ]
-            g_carry = [found[v] if v in found else zero(v) for v in h_vars]
+            g_carry = [
+                found[v] if v in found else stacks.zeros(None, v.aval, v)
+                for v in h_vars
+            ]
             return g_carry, g_consts, g_xs
 
         leaf = self._pruned_leaf if loop.pruned else self._stored_leaf
@@ -267,7 +282,8 @@ class _Sweeps:
         g_carry, g_consts, g_xs = grads
         operand = dict(zip(body.graph.invars, loop.eqn.invars, strict=True))
         found: Values = {}
-        pairs = zip((*h_vars, *c_vars, *x_vars), (*g_carry, *g_consts, *g_xs))
+        names = (*h_vars, *c_vars, *x_vars)
+        pairs = zip(names, (*g_carry, *g_consts, *g_xs), strict=True)
         for v, g in pairs:
             outer = operand[v]
             if is_var(outer) and outer in wanted:
@@ -299,12 +315,14 @@ class _Sweeps:
                 return self._init
             at = jnp.maximum(source - 1, 0)
             given = zip(slots, self._init, strict=True)
-            return [jnp.where(source == 0, x, _take(b, at)) for b, x in given]
+            return [jnp.where(source == 0, x, stacks.take(b, at)) for b, x in given]
 
         def advance(a: Array, slots: Any) -> Any:
             source, start, stop, target = (advances[a, k] for k in range(4))
             carry = self._advance(load(slots, source), start, stop)
-            return [_put(b, x, target - 1) for b, x in zip(slots, carry, strict=True)]
+            return [
+                stacks.put(b, x, target - 1) for b, x in zip(slots, carry, strict=True)
+            ]
 
         def step(n: Array, state: Any) -> Any:
             slots, grads = state
@@ -320,7 +338,7 @@ class _Sweeps:
     def _pruned_leaf(
         self, i: Array, carry: Any, bits: Any, grads: Any, pull_step: Callable
     ) -> Any:
-        kept = [_take(b, self._at(i)) for b in bits]
+        kept = [stacks.take(b, self._at(i)) for b in bits]
         return pull_step(i, carry, kept, False, grads)
 
     def _stored_leaf(
@@ -328,53 +346,30 @@ class _Sweeps:
     ) -> Any:
         """Runs the steps of a leaf with their residuals stored, then pulls."""
         loop, body = self._loop, self._body
-        if loop.group == 1:
+        if loop.group == 1 or not isinstance(body, Straight):
             return pull_step(i, carry, [], False, grads)
         stop = jnp.minimum(i + loop.group, self._length)
         held = [v for v in body.names if v in self._carry_vars]
         outs = [v for v in body.names if v in body.graph.producer]
-        stacks = [_zeros(loop.group, v.aval, v) for v in (*held, *outs)]
-        stacks += [_zeros(loop.group, _packed(v), v) for v in body.kept_vars]
+        rows = [stacks.zeros(loop.group, v.aval, v) for v in (*held, *outs)]
+        rows += [stacks.zeros(loop.group, stacks.packed(v), v) for v in body.kept_vars]
 
         def forward(k: Array, state: Any) -> Any:
-            carry, stacks = state
+            carry, rows = state
             values = self._inputs(k, carry)
             kept = body.first(values, store=True, effects=False)
-            names = [values[v] for v in (*held, *outs)]
-            rows = zip(stacks, (*names, *kept), strict=True)
-            stacks = [_put(b, x, k - i) for b, x in rows]
-            return self._outputs(values, self._next_vars), stacks
+            new = (*(values[v] for v in (*held, *outs)), *kept)
+            rows = [stacks.put(b, x, k - i) for b, x in zip(rows, new, strict=True)]
+            return self._outputs(values, self._next_vars), rows
 
-        _, stacks = lax.fori_loop(i, stop, forward, (carry, stacks))
+        _, kept = lax.fori_loop(i, stop, forward, (carry, rows))
 
         def backward(k: Array, grads: Any) -> Any:
             k = stop - 1 - (k - i)
-            rows = [_take(b, k - i) for b in stacks]
+            rows = [stacks.take(b, k - i) for b in kept]
             names = dict(zip((*held, *outs), rows, strict=False))
-            past = [names.get(v, x) for v, x in zip(self._carry_vars, carry)]
+            given = zip(self._carry_vars, carry, strict=True)
+            past = [names.get(v, x) for v, x in given]
             return pull_step(k, past, rows[len(names) :], True, grads)
 
         return lax.fori_loop(i, stop, backward, grads)
-
-
-def _take(stack: Array, at: Array) -> Array:
-    return lax.dynamic_index_in_dim(stack, at, 0, keepdims=False)
-
-
-def _put(stack: Array, x: Array, at: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(stack, x.astype(stack.dtype), at, 0)
-
-
-def _stack_like(x: Array, count: int) -> Array:
-    return jnp.broadcast_to(x[None], (count, *x.shape))
-
-
-def _packed(v: Var) -> Any:
-    """Shape and dtype of a value as it is kept."""
-    aval = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-    return jax.eval_shape(packing.pack, aval)
-
-
-def _zeros(count: int | None, aval: Any, like: Var) -> Array:
-    shape = aval.shape if count is None else (count, *aval.shape)
-    return _jax.zeros(shape, aval.dtype, like.aval)

@@ -18,9 +18,8 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax.numpy as jnp
-
 from mwc import packing
+from passes import _jax
 from passes.graph import Graph, Var, evaluate, is_var
 from passes.linearise import Linear
 
@@ -40,16 +39,24 @@ class Stage(Protocol):
     """
 
     @property
-    def graph(self) -> Graph: ...
+    def graph(self) -> Graph:
+        """The stage in the chain's variables."""
+        ...
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> int:
+        """Arrays kept for a leaf."""
+        ...
 
     @property
-    def kept(self) -> int: ...
+    def kept(self) -> int:
+        """Arrays kept for a stored stage."""
+        ...
 
     @property
-    def names(self) -> tuple[Var, ...]: ...
+    def names(self) -> tuple[Var, ...]:
+        """See the class."""
+        ...
 
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`."""
@@ -162,7 +169,8 @@ class Straight:
             given = due.pop(v, None) if is_var(v) else None
             if ct in read:
                 aval = ct.aval
-                back[ct] = jnp.zeros(aval.shape, aval.dtype) if given is None else given
+                zeros = _jax.zeros(aval.shape, aval.dtype, aval)
+                back[ct] = zeros if given is None else given
         grads = evaluate(linear.bwd, back, outs)
         return dict(zip((v for v, _ in chosen), grads, strict=True))
 

@@ -1,7 +1,7 @@
 """The only module that touches what JAX does not promise.
 
 Every other module of `passes` and `mwc` reads jaxprs through the names defined
-here. Each helper says which versions differ and is pinned by `tests/test_jax_contracts`.
+here. Each helper says which versions differ; `tests/test_jax_contracts` pins them.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ __all__ = [
     "spell_axis",
     "sub_jaxprs",
     "trace_context",
+    "varying",
     "without_debug",
     "zeros",
 ]
@@ -390,6 +391,11 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """
     found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
     return jax.lax.pcast(found, axes, to="varying") if axes else found
+
+
+def varying(value: Any) -> frozenset[Any]:
+    """The manual mesh axes over which an array differs."""
+    return _varying(jax.typeof(value))
 
 
 def rule_of(eqn: Eqn) -> Any:

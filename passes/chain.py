@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -61,9 +63,7 @@ class Chain:
     pieces: tuple[Piece, ...]
 
 
-def chain(
-    graph: Graph, sides: Sequence[Side], pinned: Collection[Var] = ()
-) -> Chain:
+def chain(graph: Graph, sides: Sequence[Side], pinned: Collection[Var] = ()) -> Chain:
     """Cuts a program into stages.
 
     Args:
@@ -77,7 +77,7 @@ def chain(
     state = [i for i, side in enumerate(sides) if side is Side.STATE]
     cuts = _cuts(graph, state)
     bounds = [0, *cuts, len(state)]
-    groups = [state[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    groups = [state[a:b] for a, b in itertools.pairwise(bounds)]
     if not state:
         groups = [[]]
     alone = {
@@ -100,7 +100,7 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     loops = [p for p in range(count) if is_loop(graph.eqns[state[p]])]
     heavy = [p for p in range(count) if costs[p] > floor or p in set(loops)]
     cuts: list[int] = []
-    for before, after in zip(heavy, heavy[1:], strict=False):
+    for before, after in itertools.pairwise(heavy):
         cuts.append(min(range(before + 1, after + 1), key=lambda c: widths[c]))
     if heavy and heavy[-1] + 1 < count:
         # The head of the loss is a stage of its own.
@@ -110,7 +110,7 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
     cuts = _split_long(sorted(set(cuts)), count, widths)
     sizes = {
-        (costs[a:b].count(0.0), sum(costs[a:b]), widths[a])
+        (costs[a:b].count(0), sum(costs[a:b]), widths[a])
         for a, b in zip([0, *cuts], [*cuts, count], strict=True)
     }
     kept = _thinned(cuts, widths, _MANY if len(sizes) <= _KINDS else _FEW)
@@ -228,9 +228,16 @@ def _assemble(
     alive: dict[Var, int] = {}  # crossing variables and the last stage that reads them
     pieces = []
     for stage, indices in enumerate(stages):
-        here = stage
-        alive = {v: last for v, last in alive.items() if last >= here}
-        body = piece(indices, lambda v: place.get(v, -1) > here or v in results)
+        alive = {v: last for v, last in alive.items() if last >= stage}
+        leaves = functools.partial(_leaves, place, results, stage)
+        body = piece(indices, leaves)
         pieces.append(Piece(body, tuple(alive)))
-        alive |= {v: place[v] for v in body.outvars if place.get(v, -1) > here}
+        alive |= {v: place[v] for v in body.outvars if place.get(v, -1) > stage}
     return Chain(prologue, tuple(pieces))
+
+
+def _leaves(
+    place: dict[Var, int], results: Collection[Var], stage: int, var: Var
+) -> bool:
+    """Whether a variable is read behind its stage."""
+    return place.get(var, -1) > stage or var in results

@@ -16,6 +16,7 @@ import enum
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var
 
 
@@ -27,24 +28,20 @@ class Side(enum.IntEnum):
     STATE = 2
 
 
-def sides(
-    graph: Graph, parameters: Collection[Var], cost: Callable[[Any], float]
-) -> list[Side]:
+def sides(graph: Graph, parameters: Collection[Var]) -> list[Side]:
     """The side of every equation.
 
     Args:
       graph: the program.
       parameters: the inputs that are parameters.
-      cost: FLOPs of an equation.
 
     Returns:
       One side an equation.
     """
     found = _propagate(graph, parameters)
-    total = sum(cost(eqn) for eqn in graph.eqns)
-    alone = sum(
-        cost(e) for e, s in zip(graph.eqns, found, strict=True) if s is Side.PARAMETER
-    )
+    costs = [eqn_flops(eqn).total for eqn in graph.eqns]
+    total = sum(costs)
+    alone = sum(c for c, s in zip(costs, found, strict=True) if s is Side.PARAMETER)
     return found if 2 * alone <= total else _propagate(graph, ())
 
 

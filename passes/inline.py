@@ -32,7 +32,10 @@ def inline(jaxpr: Any) -> Graph:
 
 def _emit(jaxpr: Any, operands: list[Any], outer: Any, into: list[Any]) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.invars, operands, strict=True))
-    look = lambda atom: env.get(atom, atom) if is_var(atom) else atom
+
+    def look(atom: Any) -> Any:
+        return env.get(atom, atom) if is_var(atom) else atom
+
     top = outer is None
     for eqn in jaxpr.eqns:
         invars = [look(v) for v in eqn.invars]

@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from passes import _jax
@@ -68,7 +69,7 @@ class Linear:
 def is_inexact(atom: Any) -> bool:
     """Whether a value has a tangent space: floating or complex."""
     dtype = getattr(atom.aval, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, np.inexact)
+    return dtype is not None and jnp.issubdtype(dtype, np.inexact)
 
 
 def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
@@ -87,7 +88,8 @@ def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
     def forward(*args: Any) -> tuple[list[Any], list[Any]]:
         def fun(*primals: Any) -> list[Any]:
             given = iter(primals)
-            values = [next(given) if a else x for a, x in zip(active, args)]
+            pairs = zip(active, args, strict=True)
+            values = [next(given) if a else x for a, x in pairs]
             env = dict(zip(graph.invars, values, strict=True))
             return evaluate(graph, env, graph.outvars)
 

@@ -111,7 +111,8 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
     top += max(s.local for s in stages)
     sizes = sorted(b for s in stages for b, _ in s.born)
     # Rounding up must not swell the state that is kept most often.
-    common = sizes[len(sizes) // 2] if sizes else top
+    common = max(1, sizes[len(sizes) // 2] if sizes else top)
+    top = max(1, top)
     best: tuple[_Table, int] | None = None
     levels, refined = _LEVELS, 0
     while True:
@@ -195,7 +196,7 @@ class _Table:
         if rest:
             middles = np.arange(i + 1, j)
             right = self._shift(np.stack(rest), self._holds[i][middles])
-            left = np.stack([self._cost(i, k) for k in middles])
+            left = np.stack([self._cost(i, k) for k in range(i + 1, j)])
             moved = (self._sum[middles] - self._sum[i])[:, None]
             choices.append(right + left + moved)
         return np.concatenate(choices)

@@ -200,7 +200,8 @@ class _Sweep:
         given = [v for v in read if v in self._values and v not in state]
         fresh = dict(state)
         if own:
-            fresh.update(zip(own, tie([state[v] for v in own], self._token)))
+            held = tie([state[v] for v in own], self._token)
+            fresh.update(zip(own, held, strict=True))
             token = [] if self._token is None else [self._token]
             held = barrier([*(self._values[v] for v in given), *token])
             fresh.update(zip(given, held, strict=False))
