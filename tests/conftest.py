@@ -85,6 +85,13 @@ def program(monkeypatch):
     return install(monkeypatch, SaveAll)
 
 
+@pytest.fixture(params=["engine", "save-all"])
+def either_program(request, monkeypatch):
+    """Runs a test with the compiler's own program, and with one that saves everything."""
+    if request.param != "engine":
+        install(monkeypatch, PROGRAMS[request.param])
+
+
 @pytest.fixture(params=sorted(PROGRAMS))
 def each_program(request, monkeypatch):
     """Runs a test with each reference program."""

@@ -22,7 +22,7 @@ from mwc import _shared, moonwalk_compile
 
 _FLAG = "--xla_force_host_platform_device_count=8"
 
-pytestmark = pytest.mark.usefixtures("program")
+pytestmark = pytest.mark.usefixtures("either_program")
 
 
 def eight(test):

@@ -17,7 +17,7 @@ from jax import lax
 from mwc import moonwalk_compile
 from passes import _jax
 
-pytestmark = pytest.mark.usefixtures("x64", "program", "quick")
+pytestmark = pytest.mark.usefixtures("x64", "either_program", "quick")
 
 KEY = jax.random.key(0)
 
@@ -463,6 +463,7 @@ def chain_of_two(w, v, x):
     return jnp.sum(hidden), jnp.sum(jnp.sin(x @ v)), hidden
 
 
+@pytest.mark.usefixtures("program")
 def test_dead_code_shrinks_what_is_saved():
     args = arrays((3, 4), (3, 2), (5, 3))
     f = moonwalk_compile(chain_of_two)
