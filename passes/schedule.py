@@ -117,8 +117,10 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
     levels, refined = _LEVELS, 0
     while True:
         unit = max(1, math.ceil(top / levels))
-        if unit < common or refined:
-            unit = math.ceil(common / max(1, common // unit))
+        if unit < common:
+            unit = math.ceil(common / (common // unit))
+        elif refined and top <= _MOST * common:
+            unit = common
         table = _Table(stages, unit, math.ceil(top / unit) + 1, store_first)
         level = table.least(limit)
         if level is not None:
@@ -129,7 +131,10 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
             levels *= 4  # rounding alone may have put the limit out of reach
         else:
             break
-    table, level = best or (table, table.cheapest())
+    if best is None:
+        assert np.isfinite(table.first[0]).any(), "the whole memory serves any schedule"
+        best = table, table.cheapest()
+    table, level = best
     return Planned(table.build(level), table.first[0][level], level * table.unit)
 
 
@@ -229,7 +234,8 @@ class _Table:
 
     def least(self, limit: float) -> int | None:
         """The lowest level whose cost is within the limit."""
-        good = np.flatnonzero(self.first[0] <= limit)
+        cost = self.first[0]
+        good = np.flatnonzero((cost <= limit) & np.isfinite(cost))
         return int(good[0]) if good.size else None
 
     def cheapest(self) -> int:
