@@ -22,43 +22,7 @@ from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
-__all__ = [
-    "AbstractValue",
-    "Literal",
-    "Var",
-    "Zero",
-    "as_zero",
-    "batched_outputs",
-    "bind",
-    "call_body",
-    "captured",
-    "closed",
-    "dead_code",
-    "exclude_frames",
-    "hoisted",
-    "instantiated",
-    "is_drop",
-    "is_undefined",
-    "keeps_effects",
-    "match_aval",
-    "named_axes",
-    "nest_source",
-    "new_primitive",
-    "opened",
-    "outlives",
-    "refused_effects",
-    "register_rules",
-    "rule_of",
-    "run_jaxpr",
-    "scan_layout",
-    "source_line",
-    "spell_axis",
-    "sub_jaxprs",
-    "trace_context",
-    "varying",
-    "without_debug",
-    "zeros",
-]
+__all__ = ["AbstractValue", "Literal", "Var", "Zero"]  # re-exported; helpers follow
 
 Eqn = Any
 Jaxpr = Any
