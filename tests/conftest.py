@@ -87,7 +87,7 @@ def program(monkeypatch):
 
 @pytest.fixture(params=["engine", "save-all"])
 def either_program(request, monkeypatch):
-    """Runs a test with the compiler's own program, and with one that saves everything."""
+    """Runs a test with the compiler's own program, and one that saves everything."""
     if request.param != "engine":
         install(monkeypatch, PROGRAMS[request.param])
 
