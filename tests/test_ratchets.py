@@ -1,0 +1,83 @@
+"""The memory table: what each plan keeps, its time, and the bytes that XLA allots."""
+
+import collections
+
+import jax
+import pytest
+
+from mwc import moonwalk_compile
+from mwc.memory import measure, plugin
+from mwc.memory.emitted import emitted
+from passes.flops import flops
+from tests import programs
+
+MIB = 2**20
+
+# Most MiB that the first pass keeps, for one and two extra forward passes.
+PLANS = {
+    "dense-relu-64": {1: 96, 2: 72},
+    "dense-leaky-64": {1: 96, 2: 72},
+    "maxmin-64": {1: 104, 2: 80},
+    "scan-relu-64": {1: 116, 2: 84},
+    "lstm-1024": {1: 188, 2: 118},
+}
+
+# MiB of temporaries that XLA allots for an H200, by version of JAX.
+RECORDED: dict[str, dict[tuple[str, float], float]] = {}
+
+
+def compiled(name, extra):
+    program = programs.TABLE[name]()
+    ours = moonwalk_compile(program.loss, extra_forwards=extra, has_aux=program.has_aux)
+    return program, ours
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_keep_little(name, extra):
+    program, ours = compiled(name, extra)
+    plan = ours.plan(program.params, program.batch)
+    assert plan.residual_bytes <= PLANS[name][extra] * MIB
+    assert plan.residual_bytes <= plan.backprop_bytes / 4
+    counts = collections.Counter(row.strategy for row in plan.stages)
+    assert counts["checkpoint"] >= 1
+    assert counts["stored"] <= len(plan.stages) / 4
+    assert plan.extra_forwards <= extra + 0.1
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+@pytest.mark.parametrize("name", ["dense-relu-64", "maxmin-64"])
+def test_operations_stay_within_the_bound(name, extra):
+    program, ours = compiled(name, extra)
+    args = program.params, program.batch
+    forward = flops(jax.make_jaxpr(program.loss)(*args)).matrix
+    whole = flops(jax.make_jaxpr(jax.value_and_grad(ours))(*args), expand=emitted)
+    assert whole.matrix <= (3 + extra + 0.1) * forward
+
+
+QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]
+OTHERS = [(n, e) for n in programs.TABLE for e in (1, 2) if (n, e) not in QUICK]
+
+
+@pytest.mark.figures
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in OTHERS)],
+)
+def test_bytes_for_an_h200(name, extra):
+    known = RECORDED.get(jax.__version__, {}).get((name, extra))
+    if known is None:
+        pytest.skip(f"no number is recorded for {name} on JAX {jax.__version__}")
+    if not (plugin.in_environment() or plugin.is_complete(plugin.folder())):
+        pytest.skip(f"the wheels are missing: run `{plugin.INSTALL}`")
+    program, ours = compiled(name, extra)
+    report = measure(
+        *(program.loss, ours, (program.params, program.batch)),
+        methods=["moonwalk"],
+        target="h200",
+        value=False,
+        has_aux=program.has_aux,
+    )
+    found = report["moonwalk"].temp_bytes / MIB
+    assert found <= 1.02 * known, "more memory than recorded"
+    assert found >= 0.98 * known, f"less than recorded: write {found:.1f} in the table"
