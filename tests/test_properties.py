@@ -141,7 +141,6 @@ def test_narrow_dtypes(dtype, rtol, extra):
     assert_same(jaxs(*args), ours(*args), rtol)
 
 
-@pytest.mark.xfail(reason="an infinite cost is within an infinite limit")
 @pytest.mark.usefixtures("x64", "quick")
 def test_no_limit_of_time():
     check(["dense", "tanh", "scan-smooth", "dense", "relu"], (np.inf, None), (4, 5))

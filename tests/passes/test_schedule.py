@@ -133,7 +133,6 @@ def test_equal_stages_are_binomial(count):
             assert plan(stages, cost - 1).memory >= slots
 
 
-@pytest.mark.xfail(reason="an infinite cost is within an infinite limit")
 def test_no_limit_of_time():
     stages = drawn(5, 3)
     found = plan(stages, math.inf)
