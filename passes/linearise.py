@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from passes import _jax
+from passes.compare import few_masks
 from passes.graph import Graph, Var, evaluate
 from passes.inline import inline
 
@@ -122,7 +123,7 @@ def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
 def _hoist(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:
     """A graph of a closed jaxpr, and the values of its constants."""
     inner, consts = _jax.opened(jaxpr)
-    values = dict(zip(inner.constvars, consts, strict=True))
     bare = _jax.closed([*inner.constvars, *inner.invars], inner.outvars, inner.eqns)
-    graph = inline(bare)
+    graph = few_masks(inline(bare))
+    values = dict(zip(graph.invars, consts, strict=False))
     return Graph(graph.invars[len(consts) :], graph.outvars, graph.eqns), values

@@ -132,7 +132,9 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
         else:
             break
     if best is None:
-        assert np.isfinite(table.first[0]).any(), "the whole memory serves any schedule"
+        # Nothing is within the limit: the cheapest, with room for rounding up.
+        unit = math.ceil(top / _LEVELS)
+        table = _Table(stages, unit, _LEVELS + 2 * len(stages) + 2, store_first)
         best = table, table.cheapest()
     table, level = best
     return Planned(table.build(level), table.first[0][level], level * table.unit)
