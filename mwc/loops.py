@@ -347,7 +347,8 @@ class _Sweeps:
         """Runs the steps of a leaf with their residuals stored, then pulls."""
         loop, body = self._loop, self._body
         if loop.group == 1 or not isinstance(body, Straight):
-            return pull_step(i, carry, [], False, grads)
+            kept = body.first(self._inputs(i, carry), store=False, effects=False)
+            return pull_step(i, carry, kept, False, grads)
         stop = jnp.minimum(i + loop.group, self._length)
         held = [v for v in body.names if v in self._carry_vars]
         outs = [v for v in body.names if v in body.graph.producer]
