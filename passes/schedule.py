@@ -74,7 +74,7 @@ class Split:
 
 
 _LEVELS, _MOST = 64, 1024  # memory levels at first, and at most
-_REFINED = 2  # times that the range is narrowed to what was found
+_REFINED, _MOST_REFINED = 2, 6  # times that the range is narrowed to what was found
 
 Schedule = Leaf | Store | Split
 
@@ -125,7 +125,8 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
         level = table.least(limit)
         if level is not None:
             best, top, refined = (table, level), max(1, level * unit), refined + 1
-            if refined == _REFINED:
+            fine = refined >= _REFINED and unit <= common
+            if fine or refined == _MOST_REFINED:
                 break
         elif best is None and levels < _MOST:
             levels *= 4  # rounding alone may have put the limit out of reach
