@@ -15,6 +15,8 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import numpy as np
+
 from mwc.loops import Loop
 from mwc.stages import Stage, Straight
 from passes import _jax
@@ -155,7 +157,13 @@ def _shape_of(graph: Graph) -> Any:
     number: dict[Var, int] = {v: i for i, v in enumerate(graph.invars)}
 
     def atom(a: Any) -> Any:
-        return number[a] if is_var(a) else ("literal", repr(a.val), str(a.aval))
+        if is_var(a):
+            return number[a]
+        if not hasattr(a.aval.dtype, "itemsize"):
+            return "literal", id(a.val), str(a.aval)  # a PRNG key
+        # Bytes, not digits: printed arrays are rounded.
+        value = np.asarray(a.val)
+        return "literal", value.tobytes(), str(value.dtype), str(a.aval)
 
     rows = []
     for eqn in graph.eqns:
@@ -183,6 +191,8 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return "(" + ",".join(_frozen(v) for v in value) + ")"
     if type(value).__module__.startswith("numpy") or hasattr(value, "eqns"):
+        return f"@{id(value)}"
+    if hasattr(value, "shape") or hasattr(value, "mesh"):
         return f"@{id(value)}"
     if type(value).__hash__ is object.__hash__ or callable(value):
         return f"@{id(value)}"

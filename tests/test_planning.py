@@ -81,3 +81,18 @@ def test_strict_names_what_has_no_rule():
         moonwalk_compile(loss, strict=True).plan(*args)
     found = jax.grad(moonwalk_compile(loss))(*args)
     assert jnp.allclose(found, jax.grad(loss)(*args))
+
+
+@pytest.mark.usefixtures("x64")
+def test_stages_that_differ_in_the_last_digits_of_a_constant_are_told_apart():
+    scales = [jnp.asarray(1.0 + k * 1e-11) for k in range(6)]
+
+    def loss(params, x):
+        for w, c in zip(params, scales, strict=True):
+            x = jnp.sin(x @ w) * c + x
+        return jnp.sum(x)
+
+    params, x = [0.7 * jnp.eye(3)] * 6, jnp.ones((2, 3))
+    found = jax.grad(moonwalk_compile(loss))(params, x)
+    for mine, true in zip(found, jax.grad(loss)(params, x), strict=True):
+        assert float(jnp.max(jnp.abs(mine - true))) < 1e-13
