@@ -152,7 +152,7 @@ class Shared:
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int
     ) -> Any:
-        if jax.config.jax_disable_jit:
+        if _jax.jit_disabled():
             # As jit does then: plain Python, in which values can be looked at.
             return self.fun(*args, **kwargs)
         full, named, leaves = self.prepared(args, kwargs)

@@ -145,6 +145,11 @@ def hoisted(traced: Any) -> Jaxpr:
     return jaxpr
 
 
+def jit_disabled() -> bool:
+    """Whether `jax.disable_jit` holds; the public attribute has no type on 0.10."""
+    return bool(config.disable_jit.value)
+
+
 def outlives(traced: Any) -> str | None:
     """What of a traced function has a life outside it, and is no function of it.
 
