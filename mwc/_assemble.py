@@ -10,19 +10,21 @@ extra time; the planner takes what needs least.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mwc import _planner
 from mwc._build import Builder, matrix_cost
 from mwc._policy import pins
+from mwc._rebuilding import Judge, merged, runs
 from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.stages import Stage
 from passes.chain import chain
+from passes.declared import Fact, facts
 from passes.depend import carries_tangent, sides
-from passes.graph import Graph, Var
+from passes.graph import Graph, Var, is_var
 from passes.linearise import is_inexact
 
 _STEPS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # extra forward passes that bodies may take
@@ -36,6 +38,7 @@ class Assembly:
       parameters: its inputs that are parameters.
       sources: its inputs that may carry a tangent.
       options: the decorator's options.
+      known: what is known of inputs that are weights.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Assembly:
         parameters: Collection[Var],
         sources: Collection[Var],
         options: Any,
+        known: Mapping[Var, Fact] | None = None,
     ):
         self.graph, self._options = graph, options
         self.tangents = carries_tangent(graph, sources, is_inexact)
@@ -54,6 +58,8 @@ class Assembly:
         self._builder = Builder(outside, self.tangents)
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
+        self._known = facts(graph, dict(known or {}))
+        self._judge = Judge(outside, self.tangents, self._known)
         self._bodies: dict[int, Assembly] = {}
 
     def __len__(self) -> int:
@@ -66,12 +72,43 @@ class Assembly:
             self._settled(i, stage, extra, allowed)
             for i, stage in enumerate(self._stages)
         ]
-        decision = _planner.schedule(stages, self._crossing, extra, allowed)
+        decision, crossing = self._decided(stages, extra, allowed)
         bound = {v for s in decision.stages for v in s.graph.outvars}
         pinned = tuple(v for v in self._pinned if v in bound)
-        node = Checkpoint(decision.stages, self._crossing, decision.schedule, pinned)
+        node = Checkpoint(decision.stages, crossing, decision.schedule, pinned)
         tangents = frozenset(self.tangents)
         return Chained(self.graph, self._prologue, node, tangents), decision
+
+    def _decided(
+        self, stages: Sequence[Stage], extra: float, allowed: Collection[str]
+    ) -> tuple[_planner.Decision, tuple[tuple[Var, ...], ...]]:
+        """Runs rebuilt or not, whichever needs less memory within the time."""
+        tolerance = self._options.tolerance
+        why: dict[Stage, str] = {}
+        rebuilt = None
+        if "moonwalk" in allowed:
+            judged = [self._judge(stage) for stage in stages]
+            pairs = zip(stages, judged, strict=True)
+            why = {s: f"not rebuilt: {j}" for s, j in pairs if isinstance(j, str)}
+            ends = {*filter(is_var, self.graph.outvars), *self._pinned}
+            spans = runs(judged, self._crossing, ends, tolerance)
+            if spans:
+                run, alive = merged(stages, judged, self._crossing, spans, tolerance)
+                found = _planner.schedule(run, alive, extra, allowed)
+                rebuilt = dataclasses.replace(found, why=why), tuple(alive)
+                within = found.again <= extra + _planner.SLACK
+                if "checkpoint" not in allowed or (within and "stored" not in allowed):
+                    return rebuilt
+        plain = _planner.schedule(stages, self._crossing, extra, allowed)
+        if rebuilt and rebuilt[0].again <= extra + _planner.SLACK:
+            if rebuilt[0].peak <= plain.peak:
+                return rebuilt
+            why = {
+                s: why.get(s, "rebuilding it would need more memory") for s in stages
+            }
+        elif rebuilt:
+            why = {s: why.get(s, "rebuilding it would take more time") for s in stages}
+        return dataclasses.replace(plain, why=why), self._crossing
 
     def _settled(
         self, i: int, stage: Stage, extra: float, allowed: Collection[str]
@@ -101,7 +138,8 @@ class Assembly:
                 graph.invars, self._builder.moving(loop.eqn, graph), strict=True
             )
             sources = [v for v, moves in pairs if moves]
-            self._bodies[i] = Assembly(graph, given, sources, self._options)
+            known = self._builder.inner_facts(loop.eqn, graph, self._known)
+            self._bodies[i] = Assembly(graph, given, sources, self._options, known)
         body = self._bodies[i]
         for more in _STEPS:
             if 1 + more <= extra + _planner.SLACK and len(body) > 1:

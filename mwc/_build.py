@@ -12,7 +12,7 @@ a deep network is linearised once a kind of layer. What is kept:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mwc.loops import Loop
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.chain import is_loop
+from passes.declared import Fact
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.inline import inline
@@ -84,6 +85,24 @@ class Builder:
         outer += eqn.invars[consts + carries :]
         pairs = zip(body.invars, outer, strict=True)
         return [is_var(o) and o in self._tangents for _, o in pairs]
+
+    def inner_facts(
+        self, eqn: Any, graph: Graph, known: Mapping[Var, Fact]
+    ) -> dict[Var, Fact]:
+        """What is known of the inputs of a scan's body, from that of its operands."""
+        consts, carries = _jax.scan_layout(eqn)
+        found: dict[Var, Fact] = {}
+        pairs = zip(graph.invars, eqn.invars, strict=True)
+        for i, (inner, outer) in enumerate(pairs):
+            fact = known.get(outer) if is_var(outer) else None
+            if fact is None or consts <= i < consts + carries:
+                continue
+            if i < consts:
+                found[inner] = fact
+            elif 0 not in fact.axes:
+                rows, columns = fact.axes
+                found[inner] = dataclasses.replace(fact, axes=(rows - 1, columns - 1))
+        return found
 
     def straight(self, graph: Graph) -> Straight:
         """The stage of straight-line code."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mwc._build import matrix_cost
@@ -9,8 +10,10 @@ from mwc._plan import Plan, StageRecord
 from mwc._planner import Decision, loop_extra, loop_kept
 from mwc.chained import Chained
 from mwc.errors import MoonwalkUnsupportedError
+from mwc.guard import SKETCH_BYTES
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
+from mwc.nodes.moonwalk import Moonwalk
 from mwc.packing import is_packed
 from mwc.stages import Stage, Straight
 from passes import _jax
@@ -45,7 +48,14 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
     rows = []
     for i, stage in enumerate(node.stages):
         here = sum(states.pop(v, 0) for v in node.crossing[i])
-        rows.append(_row(i, stage, i in stored, here, again[i]))
+        if isinstance(stage, Moonwalk):
+            rows += _rebuilt_rows(len(rows), stage, here, again[i])
+            continue
+        row = _row(len(rows), stage, i in stored, here, again[i])
+        if stage in decision.why:
+            reason = f"{row.reason}; {decision.why[stage]}"
+            row = dataclasses.replace(row, reason=reason)
+        rows.append(row)
     residual = sum(r.residual_bytes + r.state_bytes for r in rows) + sum(
         states.values()
     )
@@ -59,6 +69,32 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
         backprop_bytes=_backprop(node),
         notes=notes,
     )
+
+
+def _rebuilt_rows(
+    first: int, run: Moonwalk, state: int, again: float
+) -> list[StageRecord]:
+    """One row a stage of a run; what is kept are its bits and a sketch."""
+    rows = []
+    if run.lead is not None:
+        row = _row(first, run.lead, False, 0, again / len(run.straight))
+        reason = "its gradients are the first of sweep V, which starts here"
+        rows.append(dataclasses.replace(row, reason=reason))
+    for i, one in enumerate(run.stages):
+        row = _row(first + len(rows), one.stage, False, 0 if i else state, again)
+        found = one.found
+        reason = f"its cotangent is rebuilt: {found.verdict.value}, {found.reason}"
+        kept = row.residual_bytes + SKETCH_BYTES
+        row = dataclasses.replace(
+            row,
+            strategy="moonwalk",
+            residual_bytes=kept,
+            extra_flops=again / len(run.straight),
+            amplification=found.amplification,
+            reason=reason,
+        )
+        rows.append(row)
+    return rows
 
 
 def _row(i: int, stage: Stage, stored: bool, state: int, again: float) -> StageRecord:
@@ -152,13 +188,18 @@ def _backprop(node: Checkpoint) -> int:
     """Bytes of the residuals that `jax.vjp` keeps, each value once."""
     seen: set[Var] = set()
     total = 0
+    bound = set(node.bound)
+    flat: list[Stage] = []
     for stage in node.stages:
+        flat += stage.straight if isinstance(stage, Moonwalk) else [stage]
+    bound.update(v for stage in flat for v in stage.graph.outvars)
+    for stage in flat:
         if isinstance(stage, Loop):
             total += stage.length * _body_residuals(stage)
             continue
         assert isinstance(stage, Straight)
         fwd, chain = stage.linear.fwd, stage.chain_names()
-        moving = reached(fwd, [f for f in fwd.invars if chain[f] in node.bound])
+        moving = reached(fwd, [f for f in fwd.invars if chain[f] in bound])
         for v in set(filter(is_var, stage.linear.residuals)) & moving:
             name = chain.get(v)
             if name is None or name not in seen:

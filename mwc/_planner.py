@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from mwc._build import matrix_cost
 from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import store_all
+from mwc.nodes.moonwalk import Moonwalk
 from mwc.stages import Stage, Straight
 from passes.binomial import again, least_slots
 from passes.flops import eqn_flops
@@ -33,6 +34,7 @@ class Decision:
       costs: of each.
       peak: bytes at the predicted peak.
       again: forward passes that the backward runs.
+      why: stages that are not rebuilt, and why not.
     """
 
     stages: tuple[Stage, ...]
@@ -40,9 +42,10 @@ class Decision:
     costs: tuple[Costs, ...]
     peak: int
     again: float
+    why: Mapping[Stage, str] = dataclasses.field(default_factory=dict)
 
 
-_SERVED = ("checkpoint", "stored")
+_SERVED = ("moonwalk", "checkpoint", "stored")
 SLACK = 0.1  # of a forward pass, DESIGN section 4
 
 
@@ -84,10 +87,13 @@ def schedule(
     total = sum(c.forward for c in costs)
     if "checkpoint" not in strategies:
         kept = sum(c.kept + sum(b for b, _ in c.born) for c in costs)
-        return Decision(stages, store_all(len(stages)), costs, kept, 0.0)
+        leaves = [i for i, s in enumerate(stages) if isinstance(s, Moonwalk)]
+        more = sum(costs[i].leaf for i in leaves) / total if total else 0.0
+        at = store_all(len(stages), leaves)
+        return Decision(stages, at, costs, kept + bit_bytes(stages), more)
     limit = math.inf if math.isinf(extra) else (1 + extra + SLACK) * total
     found = plan(costs, limit, store_first="stored" in strategies)
-    bits = sum(packed_bytes(v) for s in stages for v in getattr(s, "bit_vars", ()))
+    bits = bit_bytes(stages)
     more = max(0.0, found.cost / total - 1) if total else 0.0
     return Decision(stages, found.schedule, costs, found.memory + bits, more)
 
@@ -123,10 +129,47 @@ def _costs(
         both = forward * (1 + loop_extra(stage))
         kept = loop_kept(stage)
         return Costs(forward, both, both, kept, kept + stage.leaf_bytes + through, born)
+    if isinstance(stage, Moonwalk):
+        return _rebuilt_costs(stage, forward, born, matrices)
     assert isinstance(stage, Straight)
     kept = sum(packed_bytes(v) for v in stage.kept_vars)
     rerun = stage.rerun if matrices else forward
     return Costs(forward, min(rerun, forward), forward, kept, kept + through, born)
+
+
+def _rebuilt_costs(
+    run: Moonwalk, forward: float, born: tuple[tuple[int, int], ...], matrices: bool
+) -> Costs:
+    """Sweep V advances, pushes, and reruns what gradients need; stored it is not."""
+    pushed = 0.0
+    for one in run.stages:
+        eqns = (e for inverse in one.found.inverses for e in inverse.link.eqns)
+        count = [eqn_flops(e) for e in eqns]
+        pushed += sum(c.matrix if matrices else c.elementwise for c in count)
+        pushed += one.stage.rerun
+    last = forward_cost(run.stages[-1].stage.graph, matrices)
+    # State, cotangent, the product's operand and result.
+    local = 4 * max(nbytes(one.state) for one in run.stages)
+    return Costs(forward, forward - last + pushed, math.inf, 0, local, born)
+
+
+def bit_bytes(stages: Iterable[Stage]) -> int:
+    """Bytes of small residuals that the first pass keeps.
+
+    Those of a run share memory with its gradients, none of which is written before
+    sweep V has used the bits [DESIGN section 6].
+    """
+    total = 0
+    for stage in stages:
+        if isinstance(stage, Straight):
+            total += sum(packed_bytes(v) for v in stage.bit_vars)
+        elif isinstance(stage, Moonwalk):
+            bits = sum(packed_bytes(v) for s in stage.stages for v in s.stage.bit_vars)
+            grads = sum(
+                nbytes(v) for v in stage.graph.invars if v is not stage.stages[0].state
+            )
+            total += max(0, bits - grads)
+    return total
 
 
 def carry_bytes(loop: Loop) -> int:
@@ -134,7 +177,7 @@ def carry_bytes(loop: Loop) -> int:
     return sum(nbytes(v) for v in loop.body.graph.invars[loop.carries])
 
 
-def bit_bytes(loop: Loop) -> int:
+def loop_bits(loop: Loop) -> int:
     """Bytes of a step's bits."""
     if not loop.pruned or not isinstance(loop.body, Straight):
         return 0
@@ -143,7 +186,7 @@ def bit_bytes(loop: Loop) -> int:
 
 def loop_kept(loop: Loop) -> int:
     """Bytes that the first pass of a loop keeps."""
-    return loop.slots * carry_bytes(loop) + loop.length * bit_bytes(loop)
+    return loop.slots * carry_bytes(loop) + loop.length * loop_bits(loop)
 
 
 def loop_extra(loop: Loop) -> float:

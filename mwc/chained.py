@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mwc.nodes.checkpoint import Checkpoint
-from mwc.stages import Stage, Values
+from mwc.stages import DRIFT, Stage, Values
 from passes.depend import carries_tangent
 from passes.graph import Graph, Var, evaluate, is_var
 from passes.linearise import is_inexact
@@ -82,6 +82,11 @@ class Chained:
         """See `kept`."""
         return ()
 
+    @property
+    def guards(self) -> int:
+        """Readings of the guards inside."""
+        return sum(stage.guards for stage in self.node.stages)
+
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`."""
         env = {v: values[v] for v in self.graph.invars}
@@ -105,8 +110,10 @@ class Chained:
     ) -> Values:
         """Cotangents of those inputs that are in `wanted`: both passes."""
         asked = self.reached([v for v in self.graph.invars if v in wanted])
+        asked |= {DRIFT} & {*wanted}
         due = {v: ct for v, ct in cts.items() if v in asked}
         inputs = {v: values[v] for v in self.graph.invars}
         saved = self.forward(dict(inputs), self.tangents)
         self.backward(inputs, saved, self.tangents, asked, due)
-        return {v: due[v] for v in self.graph.invars if v in wanted and v in due}
+        found = {v: due[v] for v in self.graph.invars if v in wanted and v in due}
+        return found | ({DRIFT: due[DRIFT]} if DRIFT in due else {})

@@ -76,6 +76,11 @@ class Loop:
         return carries + (self.body.bits if self.pruned else 0)
 
     @property
+    def guards(self) -> int:
+        """One reading, the worst of all steps, if the body has a guard."""
+        return min(1, self.body.guards)
+
+    @property
     def names(self) -> tuple[Var, ...]:
         """All operands."""
         return tuple(dict.fromkeys(v for v in self.eqn.invars if is_var(v)))

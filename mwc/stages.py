@@ -26,6 +26,10 @@ from passes.linearise import Linear
 Array = Any
 Values = dict[Var, Array]
 
+# Stands among the wanted variables for the readings of guards: its "cotangent" is a
+# vector, one entry a guarded stage, as fractions of the limit.
+DRIFT: Var = "drift"
+
 
 class Stage(Protocol):
     """See the module docstring.
@@ -36,6 +40,8 @@ class Stage(Protocol):
       kept: number of arrays that `first` keeps for a stored stage.
       names: inputs and results that a stored stage needs besides; they are kept
         under their own names, so that an array is kept once.
+      guards: number of readings that `pull` may give for `DRIFT`.
+      guards: readings that `pull` gives for `DRIFT`, where it is wanted.
     """
 
     @property
@@ -55,6 +61,11 @@ class Stage(Protocol):
 
     @property
     def names(self) -> tuple[Var, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def guards(self) -> int:
         """See the class."""
         ...
 
@@ -119,6 +130,11 @@ class Straight:
         """Number of arrays that `first` keeps for a stored stage."""
         return len(self.kept_vars)
 
+    @property
+    def guards(self) -> int:
+        """Nothing is rebuilt."""
+        return 0
+
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`; one that is there is not run for."""
         ends = (*self.graph.invars, *self.graph.outvars)
@@ -150,16 +166,8 @@ class Straight:
         linear = self.linear
         chosen = self.chosen(wanted)
         outs = [atom for _, atom in chosen]
-        env = self._inputs(values)
-        keep = self.kept_vars if stored else self.bit_vars
-        for v, x in zip(keep, saved, strict=True):
-            env[v] = packing.unpack(x, v.aval)
         read = linear.bwd.inputs_of(outs)
-        back = dict(linear.consts)
-        pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
-        need = [(r, v) for r, v in pairs if v in read]
-        found = evaluate(linear.fwd, env, [r for r, _ in need])
-        back.update(zip((v for _, v in need), found, strict=True))
+        back = self.residuals(values, saved, stored, read)
         results = [
             v for v, f in zip(self.graph.outvars, linear.inexact, strict=True) if f
         ]
@@ -173,6 +181,32 @@ class Straight:
                 back[ct] = zeros if given is None else given
         grads = evaluate(linear.bwd, back, outs)
         return dict(zip((v for v, _ in chosen), grads, strict=True))
+
+    def residuals(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        read: Collection[Var],
+    ) -> Values:
+        """Those residuals that are in `read`, by their names in `linear.bwd`."""
+        linear, env = self.linear, self._with(values, saved, stored)
+        pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
+        need = [(r, v) for r, v in pairs if v in read]
+        found = evaluate(linear.fwd, env, [r for r, _ in need])
+        return linear.consts | dict(zip((v for _, v in need), found, strict=True))
+
+    def results(self, values: Values, bits: Sequence[Array]) -> list[Array]:
+        """The results from the inputs and the bits, which say how it branches."""
+        env = self._with(values, bits, False)
+        return evaluate(self.linear.fwd, env, self.linear.outs)
+
+    def _with(self, values: Values, saved: Sequence[Array], stored: bool) -> Values:
+        """Inputs and what `first` kept, in the derivative's variables."""
+        env = self._inputs(values)
+        keep = self.kept_vars if stored else self.bit_vars
+        pairs = zip(keep, saved, strict=True)
+        return env | {v: packing.unpack(x, v.aval) for v, x in pairs}
 
     def chosen(self, wanted: Collection[Var]) -> list[tuple[Var, Any]]:
         """The wanted inputs, each with its cotangent in `linear.bwd`."""

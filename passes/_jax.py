@@ -69,13 +69,11 @@ def call_body(eqn: Eqn) -> Jaxpr | None:
     if eqn.primitive.name not in _INLINE:
         return None
     params = eqn.params
-    for key in ("in_shardings", "out_shardings"):
-        if any("Unspecified" not in type(s).__name__ for s in params.get(key, ())):
-            return None
-    for key in ("in_layouts", "out_layouts"):
-        if any(layout is not None for layout in params.get(key, ())):
-            return None
-    if params.get("compiler_options_kvs"):
+    shardings = (*params.get("in_shardings", ()), *params.get("out_shardings", ()))
+    layouts = (*params.get("in_layouts", ()), *params.get("out_layouts", ()))
+    own = any("Unspecified" not in type(s).__name__ for s in shardings)
+    own = own or any(layout is not None for layout in layouts)
+    if own or params.get("compiler_options_kvs"):
         return None
     return params.get("jaxpr", params.get("call_jaxpr"))
 
@@ -95,10 +93,8 @@ def source_line(eqn: Eqn) -> str:
 
 
 def scan_layout(eqn: Eqn) -> tuple[int, int]:
-    """Numbers of constants and carries of a scan, which come first in its operands.
-
-    JAX 0.11 replaced `num_consts` and `num_carry` by a tree, `ft_in`.
-    """
+    """Numbers of constants and carries of a scan, which come first in its operands."""
+    # JAX 0.11 replaced `num_consts` and `num_carry` by a tree, `ft_in`.
     params = eqn.params
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -127,10 +123,7 @@ def exclude_frames(prefix: str) -> None:
 
 
 def trace_context() -> Any:
-    """A hashable key of all ambient settings that change what tracing gives.
-
-    Among them the mesh, x64 mode, matrix precision and the names of mapped axes.
-    """
+    """A hashable key of all ambient settings that change what tracing gives."""
     return config.trace_context()
 
 
@@ -151,10 +144,9 @@ def jit_disabled() -> bool:
 
 
 def outlives(traced: Any) -> str | None:
-    """What of a traced function has a life outside it, and is no function of it.
+    """What of a traced function has a life outside it, None if there is nothing.
 
-    A mutable array that is passed in or captured, or a check that `checkify` has yet
-    to find: None if there is no such thing.
+    A mutable array passed in or captured, or a check that `checkify` has yet to find.
     """
     avals = (jax.typeof(x) for x in captured(traced))
     if any(isinstance(a, AbstractRef) for a in (*traced.jaxpr.in_avals, *avals)):
@@ -166,8 +158,7 @@ def outlives(traced: Any) -> str | None:
 
 def captured(traced: Any) -> list[Any]:
     """The values of the leading inputs that `hoisted` makes: arrays, then tracers."""
-    # Tracers are leading inputs of the jaxpr from the start, and `_consts` is the only
-    # place that has them: 0.12 has `closure_convert` besides, 0.10 has nothing.
+    # Tracers are leading inputs from the start, and only `_consts` has them.
     return [*opened(traced.jaxpr)[1], *traced._consts]
 
 
@@ -253,8 +244,7 @@ def _undebug_param(value: Any) -> Any:
 
 def spell_axis(axis: Any) -> tuple[Any, Any]:
     """Name (None where there is none) and SPMD name of a level of `vmap`."""
-    name = None if type(axis.name) is object else axis.name
-    return name, axis.spmd_name
+    return None if type(axis.name) is object else axis.name, axis.spmd_name
 
 
 def batched_outputs(jaxpr: Jaxpr, axis: Any, dims: Sequence[int | None]) -> list[bool]:
@@ -276,9 +266,8 @@ def instantiated(cotangent: Any) -> Any:
 def match_aval(value: Any, aval: Any) -> Any:
     """Gives a cotangent the type that JAX expects for an argument of type `aval`.
 
-    A cotangent that varies over more axes of a manual mesh than its argument is
-    summed over them, as the transpose of an implicit broadcast; the dtype and the
-    weak type are the argument's.
+    One that varies over more axes of a manual mesh than its argument is summed over
+    them, as the transpose of an implicit broadcast.
     """
     has, wants = _varying(jax.typeof(value)), _varying(aval)
     if has - wants:
@@ -315,16 +304,11 @@ def register_rules(
 ) -> None:
     """Enters a primitive in all of JAX's rule tables.
 
-    Args:
-      primitive: from `new_primitive`.
-      run: evaluates it on arrays.
-      avals: gives output avals and effects.
-      emit: the traceable function that it is lowered as.
-      jvp: the rule for tangents.
-      batch: a "fancy" batching rule, given the primitive first; it is called for
-        every `vmap` around, mapped or not.
-      dce: called with (used outputs, equation); 0.12 passes live inputs between.
-      transpose: the rule for cotangents, None where the primitive is not linear.
+    `run` evaluates it on arrays, `avals` gives output avals and effects, `emit` is the
+    traceable function that it is lowered as. `batch` is a "fancy" batching rule, given
+    the primitive first, and called for every `vmap` around, mapped or not. `dce` is
+    called with (used outputs, equation). `transpose` is None where the primitive is
+    not linear.
     """
     primitive.def_impl(run)
     primitive.def_effectful_abstract_eval(avals)
@@ -338,6 +322,37 @@ def register_rules(
         ad.primitive_transposes[primitive] = transpose
     if dce is not None:
         pe.dce_rules[primitive] = lambda used, *rest: dce(used, rest[-1])
+
+
+def identity_primitive(
+    name: str,
+    linear: Callable[[dict[str, Any]], bool],
+    moved: Callable[[dict[str, Any], int], dict[str, Any]],
+) -> Any:
+    """A primitive that returns its operand, for what its parameters say.
+
+    `linear` tells from them whether tangents pass through it too, `moved` gives those
+    that change when an axis is put in at a place.
+    """
+    primitive = core.Primitive(name)
+    primitive.def_impl(lambda x, **params: x)
+    primitive.def_abstract_eval(lambda x, **params: x)
+    mlir.register_lowering(primitive, lambda _, x, **params: [x])
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        (x,), (t,) = primals, tangents
+        passes = linear(params) and not isinstance(t, Zero)
+        return primitive.bind(x, **params), primitive.bind(t, **params) if passes else t
+
+    def batch(values: Any, dims: Any, **params: Any) -> Any:
+        return primitive.bind(values[0], **params | moved(params, dims[0])), dims[0]
+
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = lambda ct, x, **params: [
+        ct if isinstance(ct, Zero) else primitive.bind(ct, **params)
+    ]
+    batching.primitive_batchers[primitive] = batch
+    return primitive
 
 
 is_undefined = ad.is_undefined_primal
@@ -354,10 +369,7 @@ def keeps_effects(eqn: Eqn) -> bool:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """Zeros that vary over the same mesh axes as the aval `like`.
-
-    Inside `shard_map`, a loop's carry must enter with the axes it leaves with.
-    """
+    """Zeros that vary over the same mesh axes as the aval `like`, for loop carries."""
     found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
     return jax.lax.pcast(found, axes, to="varying") if axes else found
 

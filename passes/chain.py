@@ -12,7 +12,8 @@ layers come out alike, and which cuts are used is the schedule's choice, for a c
 costs what crosses it. The first place is right behind the product, so the activation
 belongs to the *next* stage, whose backward reads it off the kept state: a stage
 `activation, product` needs nothing but its input, not even sign bits, whatever the
-activation. Limits: program order is taken as it is.
+activation. A map that the user declared as one (`passes.declared`) is not cut. Limits:
+program order is taken as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes.declared import declared_p
 from passes.depend import Side, last_reads
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
@@ -100,21 +102,37 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     loops = [p for p in range(count) if is_loop(graph.eqns[state[p]])]
     heavy = [p for p in range(count) if costs[p] > floor or p in set(loops)]
     cuts: list[int] = []
+    whole = _inside(graph, state)
     for before, after in itertools.pairwise(heavy):
-        cuts.append(min(range(before + 1, after + 1), key=lambda c: widths[c]))
+        places = [c for c in range(before + 1, after + 1) if c not in whole]
+        cuts += [min(places, key=lambda c: widths[c])] if places else []
     if heavy and heavy[-1] + 1 < count:
         # The head of the loss is a stage of its own.
-        cuts.append(heavy[-1] + 1)
+        behind = range(heavy[-1] + 1, count)
+        cuts += [c for c in behind if c not in whole][:1]
     if heavy:
         lead = range(1, heavy[0] + 1)
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
     cuts = _split_long(sorted(set(cuts)), count, widths)
+    cuts = [c for c in cuts if c not in whole]
     sizes = {
         (costs[a:b].count(0), sum(costs[a:b]), widths[a])
         for a, b in zip([0, *cuts], [*cuts, count], strict=True)
     }
     kept = _thinned(cuts, widths, _MANY if len(sizes) <= _KINDS else _FEW)
     return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+
+
+def _inside(graph: Graph, state: list[int]) -> set[int]:
+    """Positions within a map that the user declared as one."""
+    found, depth = set(), 0
+    for position, i in enumerate(state):
+        if depth > 0:
+            found.add(position)
+        eqn = graph.eqns[i]
+        side = eqn.params["side"] if eqn.primitive is declared_p else ""
+        depth += (side == "in") - (side == "out")
+    return found
 
 
 def _thinned(cuts: list[int], widths: list[int], most: int) -> list[int]:

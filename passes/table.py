@@ -25,6 +25,7 @@ ELEMENTWISE = frozenset(
     | {"shift_right_arithmetic", "shift_right_logical", "sinh", "sqrt", "square"}
     | {"stop_gradient", "sub", "tan", "tanh", "xor", "zeta", "real_to_complex"}
     | {"custom_jvp_call", "name", "random_gamma_grad", "igamma_grad_a"}
+    | {"mwc_declared"}
 )
 
 STRUCTURAL = frozenset(

@@ -18,8 +18,10 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from mwc._tie import barrier, tie
-from mwc.stages import Stage, Values
+from mwc.stages import DRIFT, Stage, Values
 from passes.graph import Var
 from passes.schedule import Leaf, Schedule, Split, Store
 
@@ -136,6 +138,21 @@ class Checkpoint:
         if self.schedule is not None:
             sweep = _Sweep(self, values, states, residuals, wanted, cts)
             sweep.reverse(self.schedule, {}, first=True)
+            if DRIFT in wanted:
+                cts[DRIFT] = self._drift(sweep.drift)
+
+    def _drift(self, seen: dict[int, Array]) -> Array:
+        """The readings of all guards, in the order of stages; 0 where none ran."""
+        counts = [stage.guards for stage in self.stages]
+        rows = [
+            seen[i] if i in seen else jnp.zeros(n, jnp.float32)
+            for i, n in enumerate(counts)
+        ]
+        rows = [
+            jnp.pad(row, (0, n - row.shape[0]))
+            for row, n in zip(rows, counts, strict=True)
+        ]
+        return jnp.concatenate(rows) if rows else jnp.zeros(0, jnp.float32)
 
 
 class _Sweep:
@@ -153,6 +170,7 @@ class _Sweep:
         self._node, self._values, self._wanted = node, values, wanted
         self._states, self._residuals, self._cts = states, residuals, cts
         self._token: Array | None = None
+        self.drift: dict[int, Array] = {}
         for ct in cts.values():
             self._note(ct)
 
@@ -251,6 +269,8 @@ class _Sweep:
         if not due:
             return
         found = stage.pull(values, saved, stored, due, self._wanted)
+        if DRIFT in found:
+            self.drift[i] = found.pop(DRIFT)
         for v, ct in found.items():
             found[v] = self._cts[v] + ct if v in self._cts else ct
         held = barrier(list(found.values()))
@@ -271,11 +291,14 @@ def _stop(at: Schedule) -> int:
             return at.stage + 1
 
 
-def store_all(count: int) -> Schedule | None:
-    """The schedule of the `Stored` strategy."""
+def store_all(count: int, leaves: Collection[int] = ()) -> Schedule | None:
+    """The schedule of the `Stored` strategy; `leaves` start from their input."""
     at: Schedule | None = None
     for i in reversed(range(count)):
-        at = Store(i, at)
+        if i not in leaves:
+            at = Store(i, at)
+        else:
+            at = Leaf(i) if at is None else Split(i, i + 1, at, Leaf(i))
     return at
 
 

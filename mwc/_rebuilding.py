@@ -1,0 +1,200 @@
+"""Which stages can be rebuilt, and which of them make a run.
+
+A stage is rebuilt where its cotangent can be pushed forward (`passes.submersion`), how
+much errors grow is known, and the bits that sweep R needs are fewer than its state. A
+run is as long as the growth of rounding allows: after n stages it is about
+
+    5 eps sqrt(n) prod(A)
+
+with A the amplification of each stage, and a run ends where that would pass
+`tolerance`, or after 128 stages. Source: DESIGN section 5 (6e-7 in float32). Limits:
+the estimate is of an average; the guard sees what is worse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mwc.guard import planned_tolerance
+from mwc.nodes.moonwalk import Moonwalk, linked
+from mwc.nodes.rebuild import Rebuilt
+from mwc.stages import Stage, Straight
+from passes.declared import Fact
+from passes.flops import eqn_flops
+from passes.graph import Graph, Var, is_var, nbytes
+from passes.linearise import Linear, is_inexact
+from passes.residuals import narrowest, packed_bytes
+from passes.submersion import Submersion, run_error, submersion
+
+_LONGEST = 128  # stages of a run
+_ROUNDING = 5.0  # units in the last place that a stage adds
+
+
+class Judge:
+    """Judges the stages of one program; equal ones are judged once.
+
+    Args:
+      outside: the program's own inputs and what follows from parameters.
+      tangents: the variables that may carry a tangent.
+      known: what is known of weights.
+    """
+
+    def __init__(
+        self,
+        outside: Collection[Var],
+        tangents: Collection[Var],
+        known: Mapping[Var, Fact],
+    ):
+        self._outside, self._tangents, self._known = outside, tangents, known
+        self._found: dict[Any, tuple[Submersion, tuple[Var, ...]]] = {}
+
+    def __call__(self, stage: Stage) -> Rebuilt | str:
+        """The stage as one that can be rebuilt, or why it cannot."""
+        if not isinstance(stage, Straight):
+            return "it is no straight-line code"
+        graph, linear = stage.graph, stage.linear
+        pairs = zip(graph.invars, linear.active, strict=True)
+        states = [v for v, a in pairs if a and v not in self._outside]
+        results = [v for v in graph.outvars if is_var(v) and is_inexact(v)]
+        if len(states) != 1 or len(set(results)) != 1:
+            return f"it reads {len(states)} states and makes {len(set(results))}"
+        if any(eqn.effects for eqn in graph.eqns):
+            return "it has effects"
+        (state,), result = states, results[0]
+        names = dict(zip(graph.invars, linear.fwd.invars, strict=True))
+        given = {f: self._known[v] for v, f in names.items() if v in self._known}
+        key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
+        if key not in self._found:
+            found = submersion(linear, names[state], given)
+            bits = self._bits(graph, linear, names) if found.can_rebuild else ()
+            self._found[key] = found, bits
+        found, bits = self._found[key]
+        if not found.can_rebuild:
+            return f"{found.verdict.value}: {found.reason}"
+        if sum(packed_bytes(v) for v in bits) >= nbytes(state):
+            return "sweep R would keep as much of it as its state"
+        swept = dataclasses.replace(stage, bit_vars=bits)
+        return Rebuilt(swept, found, state, result)
+
+    def _bits(
+        self, graph: Graph, linear: Linear, names: Mapping[Var, Var]
+    ) -> tuple[Var, ...]:
+        """The least that determines h_in from h_out, the state not at hand."""
+        states = [f for v, f in names.items() if v not in self._outside]
+        moving = [v for v, a in zip(graph.invars, linear.active, strict=True) if a]
+        pairs = zip(moving, linear.bwd.outvars, strict=True)
+        outs = [ct for v, ct in pairs if v not in self._outside]
+        read = linear.bwd.inputs_of(outs)
+        both = zip(linear.residuals, linear.residual_inputs, strict=True)
+        need = [r for r, v in both if v in read]
+        return narrowest(
+            linear.fwd, need, states, lambda e: eqn_flops(e).matrix, at_hand=False
+        )
+
+
+def runs(
+    judged: Sequence[Rebuilt | str],
+    crossing: Sequence[tuple[Var, ...]],
+    results: Collection[Var],
+    tolerance: float | None,
+) -> list[tuple[int, int]]:
+    """Runs of at least two stages, as (start, stop).
+
+    Args:
+      judged: every stage.
+      crossing: the variables alive before each stage.
+      results: the program's results and pinned variables, which no run may hide.
+      tolerance: the user's own, or None.
+    """
+    found: list[tuple[int, int]] = []
+    start = 0
+    for i in range(len(judged) + 1):
+        one = judged[i] if i < len(judged) else ""
+        if start < i and not _continues(judged, crossing, results, start, i, tolerance):
+            if i - start > 1:
+                found.append((start, i))
+            start = i
+        if isinstance(one, str):
+            start = i + 1
+    return found
+
+
+def _continues(
+    judged: Sequence[Rebuilt | str],
+    crossing: Sequence[tuple[Var, ...]],
+    results: Collection[Var],
+    start: int,
+    i: int,
+    tolerance: float | None,
+) -> bool:
+    if i >= len(judged) or i - start >= _LONGEST:
+        return False
+    before, here = judged[i - 1], judged[i]
+    if isinstance(before, str) or isinstance(here, str) or not linked(before, here):
+        return False
+    later = i + 1 < len(crossing) and before.result in crossing[i + 1]
+    if later or before.result in results:
+        return False
+    run = [one for one in judged[start : i + 1] if isinstance(one, Rebuilt)]
+    return growth(run) <= planned_tolerance(before.result.aval.dtype, tolerance)
+
+
+def growth(run: Sequence[Rebuilt]) -> float:
+    """The rounding that rebuilding a run is expected to add."""
+    eps = float(jnp.finfo(run[0].result.aval.dtype).eps)
+    return _ROUNDING * eps * run_error([one.found.amplification or 1.0 for one in run])
+
+
+def merged(
+    stages: Sequence[Stage],
+    judged: Sequence[Rebuilt | str],
+    crossing: Sequence[tuple[Var, ...]],
+    spans: Sequence[tuple[int, int]],
+    tolerance: float | None,
+) -> tuple[list[Stage], list[tuple[Var, ...]]]:
+    """The chain with each run as one stage."""
+    out: list[Stage] = []
+    alive: list[tuple[Var, ...]] = []
+    starts = dict(spans)
+    i = 0
+    while i < len(stages):
+        alive.append(crossing[i])
+        if i in starts:
+            run = tuple(
+                one for one in judged[i : starts[i]] if isinstance(one, Rebuilt)
+            )
+            lead = _lead(out, run[0])
+            if lead is not None:
+                out.pop()
+                alive.pop()
+            out.append(Moonwalk(run, lead, _exact(run), tolerance))
+            i = starts[i]
+        else:
+            out.append(stages[i])
+            i += 1
+    return out, alive
+
+
+def _lead(before: Sequence[Stage], first: Rebuilt) -> Straight | None:
+    """The stage before a run, if all it reads is the program's own inputs."""
+    stage = before[-1] if before else None
+    if not isinstance(stage, Straight) or stage.bits or len(before) > 1:
+        return None
+    results = [v for v in stage.graph.outvars if is_var(v)]
+    effects = any(eqn.effects for eqn in stage.graph.eqns)
+    return stage if results == [first.state] and not effects else None
+
+
+def _exact(run: Sequence[Rebuilt]) -> bool:
+    """Whether all products of float32 ask for full precision."""
+    asked = [
+        str(eqn.params.get("precision"))
+        for one in run
+        for eqn in one.stage.graph.eqns
+        if eqn_flops(eqn).matrix > 0
+    ]
+    return all("HIGHEST" in text for text in asked)

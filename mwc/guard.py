@@ -1,0 +1,178 @@
+"""The guard: sketches that show whether a rebuilt cotangent is the one it replaces.
+
+Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 256 sums
+with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b,
+K buckets of rows, features j in G groups, sigma and E of +-1,
+
+    s[k, g] = sum over b = k mod K of sigma_b  sum over j in g of E[k, j] w_b h[b, j]
+
+and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
+largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
+counts as much as any other. A reading above three times `tolerance` is a *trip*; NaN
+trips as well. Source: DESIGN section 5, where the estimate was measured against true
+errors of every kind. Limits: an error that the signs cancel is missed with the
+probability of 256 sums cancelling at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mwc._tie import barrier
+
+Array = Any
+
+_BUCKETS, _SUMS = 16, 256
+SKETCH_BYTES = 4 * _SUMS
+TRIP = 3.0  # readings above this many tolerances
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketcher:
+    """Takes sketches of cotangents of one run.
+
+    Attributes:
+      signs: for each shape (buckets, features) an array of +-1.
+      weights: one factor a row, sign included; None where rows are not told apart.
+    """
+
+    signs: dict[tuple[int, int], Array]
+    weights: Array | None
+
+    def __call__(self, h: Array) -> Array:
+        """The sketch, [buckets, groups], in float32 or float64."""
+        wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
+        if jnp.iscomplexobj(h):
+            h = jnp.stack([h.real, h.imag], axis=-1)
+        count = h.shape[0] if self.weights is not None and h.ndim else 1
+        flat = h.reshape(count, -1).astype(wide)
+        if self.weights is not None:
+            flat = flat * self.weights.astype(wide)[:, None]
+        buckets = _buckets(count)
+        whole = count // buckets * buckets
+        summed = flat[:whole].reshape(-1, buckets, flat.shape[1]).sum(0)
+        if whole < count:
+            rest = flat[whole:]
+            summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
+        signed = summed * self.signs[buckets, flat.shape[1]].astype(wide)
+        groups = min(_SUMS // buckets, signed.shape[1])
+        size = -(-signed.shape[1] // groups)
+        signed = jnp.pad(signed, ((0, 0), (0, groups * size - signed.shape[1])))
+        return signed.reshape(buckets, groups, size).sum(-1)
+
+
+def _buckets(count: int) -> int:
+    return min(_BUCKETS, count)
+
+
+def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sketcher:
+    """The sketcher of a run.
+
+    Args:
+      last: the cotangent that enters sweep R.
+      shapes: of all cotangents of the run, complex ones with a last axis of 2.
+      rows: whether the leading axis is that of rows throughout.
+    """
+    weights = None
+    if rows and last.ndim:
+        size = jnp.abs(last.reshape(last.shape[0], -1)).max(-1).astype(jnp.float32)
+        fine = (size > 0) & jnp.isfinite(size)
+        power = jnp.floor(jnp.log2(jnp.where(fine, size, 1)))
+        # A row of zeros has nothing to compare; a row that is not finite must trip.
+        scale = jnp.where(fine, jnp.exp2(-jnp.clip(power, -126, 126)), 1)
+        scale = jnp.where(size == 0, 0, scale)
+        weights = scale * _signs((last.shape[0],), 1)
+    wanted = set()
+    for shape in shapes:
+        count = shape[0] if weights is not None else 1
+        wanted.add((_buckets(count), math.prod(shape) // max(1, count)))
+    made = sorted(wanted)
+    signs = [_signs(shape, 2) for shape in made]
+    # Made once: fused into every sketch they would be made in every stage.
+    held = barrier([*signs, *([] if weights is None else [weights])])
+    return Sketcher(
+        dict(zip(made, held, strict=False)), None if weights is None else held[-1]
+    )
+
+
+def _signs(shape: tuple[int, ...], seed: int) -> Array:
+    """Pseudo-random +-1 from a hash of the index."""
+    index = lax.iota(np.uint32, math.prod(shape)) + np.uint32(seed * 0x9E3779B9 % 2**32)
+    for factor in (0x7FEB352D, 0x846CA68B):
+        index = (index ^ (index >> np.uint32(16))) * np.uint32(factor)
+    index = index ^ (index >> np.uint32(15))
+    return (1 - 2 * (index & np.uint32(1)).astype(jnp.float32)).reshape(shape)
+
+
+def reading(expected: Array, found: Array) -> Array:
+    """|s - s'| / |s|, a scalar; not finite where either is not."""
+    scale = jnp.max(jnp.abs(expected))
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    gap = jnp.sum(((expected - found) / scale) ** 2)
+    size = jnp.sum((expected / scale) ** 2)
+    # Zero cotangents pass: nothing over nothing is no error.
+    return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
+
+
+def fine(readings: Array, limit: Array | float) -> Array:
+    """Whether no reading trips; written so that NaN does."""
+    return jnp.all(readings <= TRIP * limit)
+
+
+def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
+    """The gradients, or NaN in their place; in place, not a select of copies."""
+
+    def spoil(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+        flag, now = state
+        return jnp.ones_like(flag), [jnp.full_like(g, jnp.nan) for g in now]
+
+    # A loop of zero or one trips.
+    return lax.while_loop(lambda s: ~s[0], spoil, (passes, list(grads)))[1]
+
+
+# Relative rounding of one product, by matrix precision; DESIGN section 9.
+_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "tf32": 2e-3, "bfloat16": 2e-2}
+
+
+def planned_tolerance(dtype: Any, asked: float | None) -> float:
+    """The error that a plan counts on: that of the dtype's own precision."""
+    if asked is not None:
+        return asked
+    real = jnp.finfo(dtype).dtype
+    return _TOLERANCE.get(real.name, _TOLERANCE["bfloat16"])
+
+
+def tolerance(dtype: Any, exact: bool, asked: float | None) -> Array | float:
+    """The error that rebuilding may add.
+
+    Args:
+      dtype: of the cotangents.
+      exact: whether all products ask for full precision, or there are none.
+      asked: the user's own tolerance.
+
+    Returns:
+      A number, or a scalar that is known when the program is lowered: products of
+      float32 are rounded to TF32 on recent GPUs, and to bfloat16 on TPUs.
+    """
+    if asked is not None:
+        return asked
+    real = jnp.finfo(dtype).dtype
+    if real in (jnp.bfloat16, jnp.float16):
+        return _TOLERANCE["bfloat16"]
+    if real == jnp.float64:
+        return _TOLERANCE["float64"]
+    full = np.float32(_TOLERANCE["float32"])
+    if exact:
+        return full
+    return lax.platform_dependent(
+        cpu=lambda: jnp.float32(full),
+        tpu=lambda: jnp.float32(_TOLERANCE["bfloat16"]),
+        default=lambda: jnp.float32(_TOLERANCE["tf32"]),
+    )

@@ -1,0 +1,250 @@
+"""The `Moonwalk` node: a run of submersive stages, swept back and then forward.
+
+It is one stage to the schedule around it. Its first pass keeps small residuals of every
+stage (*bits*) and nothing else. Its backward is two sweeps:
+
+    R   from the last stage to the first: pull the cotangent, keep a sketch of each
+    V   from the first stage to the last: with x and h_in of a stage, rebuild h_out
+        (`push`), compare sketches, emit the stage's parameter gradients, advance x
+
+so what is alive is one state, one cotangent, the bits and the gradients so far. Where
+the stage before the run reads no state (the first layer), it is the run's `lead`: sweep
+V starts with its gradients and runs it again, and no state is kept at all. A trip of
+the guard turns the run's gradients into NaN; the cotangent of its input is sweep R's
+and always right. Sweep V stops at the last stage that has a wanted gradient.
+
+Source: DESIGN sections 2, 5 and 7 (where barriers must stand). Limits: no cotangent of
+the run may enter or leave between its ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mwc import guard
+from mwc._tie import barrier, tie
+from mwc.nodes.rebuild import Rebuilt
+from mwc.stages import DRIFT, Straight, Values
+from passes.graph import Graph, Var, is_var
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moonwalk:
+    """A run of stages whose cotangents are rebuilt.
+
+    Attributes:
+      stages: the stages, each reading the result of the one before.
+      lead: the stage that makes the first one's state from the program's inputs.
+      exact: whether their products ask for full matrix precision.
+      tolerance: the user's own, or None.
+    """
+
+    stages: tuple[Rebuilt, ...]
+    lead: Straight | None
+    exact: bool
+    tolerance: float | None
+
+    @functools.cached_property
+    def straight(self) -> tuple[Straight, ...]:
+        """All its stages, the lead included."""
+        lead = () if self.lead is None else (self.lead,)
+        return (*lead, *(one.stage for one in self.stages))
+
+    @property
+    def graph(self) -> Graph:
+        """The run as one program."""
+        return self._graph
+
+    @functools.cached_property
+    def _graph(self) -> Graph:
+        bound: set[Var] = set()
+        eqns = []
+        for eqn in (eqn for stage in self.straight for eqn in stage.graph.eqns):
+            # An equation on constants may have a copy in several stages.
+            if not bound.issuperset(eqn.outvars):
+                eqns.append(eqn)
+                bound.update(eqn.outvars)
+        reads = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
+        invars = tuple(v for v in reads if v not in bound)
+        return Graph(invars, (self.stages[-1].result,), tuple(eqns))
+
+    @property
+    def bits(self) -> int:
+        """Arrays that the first pass keeps."""
+        return sum(s.stage.bits for s in self.stages)
+
+    @property
+    def kept(self) -> int:
+        """It is never stored as a whole."""
+        return 0
+
+    @property
+    def names(self) -> tuple[Var, ...]:
+        """See `kept`."""
+        return ()
+
+    @property
+    def guards(self) -> int:
+        """One reading a stage."""
+        return len(self.stages)
+
+    @property
+    def rows(self) -> bool:
+        """Whether the leading axis is one of rows from end to end."""
+        return all(s.found.rows for s in self.stages)
+
+    def run(self, values: Values, effects: bool = False) -> None:
+        """Binds the results in `values`."""
+        for stage in self.straight:
+            stage.run(values, effects)
+
+    def first(self, values: Values, store: bool, effects: bool) -> list[Array]:
+        """Binds the results in `values` and returns the bits."""
+        assert not store, "a run of rebuilt stages is not stored"
+        kept: list[Array] = []
+        if self.lead is not None:
+            self.lead.run(values, effects)
+        for one in self.stages:
+            bits = one.stage.first(values, False, effects)
+            if bits:
+                # Packs now, not when the backward asks for it.
+                both = barrier([values[one.result], *bits])
+                values[one.result], bits = both[0], both[1:]
+            kept += bits
+        return kept
+
+    def pull(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        cts: Mapping[Var, Array],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of those inputs that are in `wanted`."""
+        bits: list[list[Array]] = []
+        rest = list(saved)
+        for one in self.stages:
+            bits.append(rest[: one.stage.bits])
+            rest = rest[one.stage.bits :]
+        last = max((i for i in range(len(bits)) if self._asks(i, wanted)), default=-1)
+        h = cts[self.stages[-1].result]
+        take = guard.sketcher(h, self._shapes(last), self.rows) if last >= 0 else None
+        h, marks = self._back(values, bits, h, last, take)
+        found: Values = {}
+        if self.lead is not None:
+            # Before sweep V, in which its cotangent would have to stay alive.
+            found = self._led(values, h, wanted)
+        elif self.stages[0].state in wanted:
+            found = {self.stages[0].state: h}
+        if take is not None:
+            values, bits, h = self._tied(values, bits[: last + 1], h, found)
+            more = self._forth(values, bits, h, marks, take, wanted)
+            found |= _added(found, more)
+        return found
+
+    def _led(self, values: Values, h: Array, wanted: Collection[Var]) -> Values:
+        """Cotangents of the lead's inputs."""
+        assert self.lead is not None
+        if not self.lead.chosen(wanted):
+            return {}
+        return self.lead.pull(values, [], False, {self.stages[0].state: h}, wanted)
+
+    def _tied(
+        self, values: Values, bits: Sequence[Sequence[Array]], h: Array, found: Values
+    ) -> tuple[Values, list[list[Array]], Array]:
+        """What sweep V reads, not available before sweep R has ended."""
+        if self.lead is not None and found:
+            h, *held = barrier([h, *found.values()])
+            found.update(zip(found, held, strict=True))
+        read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
+        names = [v for v in read if v in values]
+        flat = [x for row in bits for x in row]
+        held = tie([*(values[v] for v in names), *flat], h)
+        rest = iter(held[len(names) :])
+        values = dict(zip(names, held, strict=False))
+        if self.lead is not None:
+            self.lead.run(values)
+        return values, [[next(rest) for _ in row] for row in bits], h
+
+    def _asks(self, i: int, wanted: Collection[Var]) -> bool:
+        """Whether a stage has a wanted gradient besides its state's."""
+        one = self.stages[i]
+        asked = {v for v, _ in one.stage.chosen(wanted)}
+        return bool(asked - {one.state})
+
+    def _shapes(self, last: int) -> list[tuple[int, ...]]:
+        avals = [s.result.aval for s in self.stages[: last + 1]]
+        return [(*a.shape, 2) if jnp.iscomplexobj(a) else a.shape for a in avals]
+
+    def _back(
+        self,
+        values: Values,
+        bits: Sequence[Sequence[Array]],
+        h: Array,
+        last: int,
+        take: guard.Sketcher | None,
+    ) -> tuple[Array, list[Array]]:
+        """Sweep R: the cotangent of the first state, and sketches up to `last`."""
+        marks: list[Array] = []
+        for i in reversed(range(len(self.stages))):
+            mark = [take(h)] if take is not None and i <= last else []
+            h, *mark = barrier([self.stages[i].pull(values, bits[i], h), *mark])
+            marks += mark
+        return h, marks[::-1]
+
+    def _forth(
+        self,
+        values: Values,
+        bits: Sequence[Sequence[Array]],
+        h: Array,
+        marks: Sequence[Array],
+        take: guard.Sketcher,
+        wanted: Collection[Var],
+    ) -> Values:
+        """Sweep V: the wanted gradients of parameters, checked."""
+        stages = self.stages[: len(bits)]
+        readings: list[Array] = []
+        found: Values = {}
+        for i, one in enumerate(stages):
+            known = one.push(values, bits[i], h)
+            # Or XLA makes one product of this one and the state's, and copies of both.
+            h, values[one.state] = barrier([known[one.last], values[one.state]])
+            known[one.last] = h
+            readings.append(guard.reading(marks[i], take(h)))
+            grads = _added(found, one.gradients(values, bits[i], known, wanted))
+            ends = []
+            if i + 1 < len(stages):
+                ends = [one.advance(values, bits[i])]
+            # The gradients leave together with the next state, or XLA puts them off.
+            both = barrier([h, readings[i], *grads.values(), *ends])
+            h, readings[i] = both[0], both[1]
+            found.update(zip(grads, both[2:], strict=False))
+            values.pop(one.state)
+            if ends:
+                values[one.result] = both[-1]
+        dtype = stages[0].result.aval.dtype
+        limit = guard.tolerance(dtype, self.exact, self.tolerance)
+        seen = jnp.stack(readings)
+        safe = guard.nan_unless(guard.fine(seen, limit), list(found.values()))
+        found = dict(zip(found, safe, strict=True))
+        if DRIFT in wanted:
+            found[DRIFT] = seen / (guard.TRIP * limit)
+        return found
+
+
+def _added(found: Values, more: Values) -> Values:
+    """Cotangents of `more`, those of `found` added where both have one."""
+    return {v: found[v] + ct if v in found else ct for v, ct in more.items()}
+
+
+def linked(a: Rebuilt, b: Rebuilt) -> bool:
+    """Whether one stage reads the result of another as its state."""
+    return is_var(a.result) and a.result is b.state

@@ -1,0 +1,150 @@
+"""`Rebuilt`: a stage whose result's cotangent can be rebuilt from its input's.
+
+A `Straight` stage with what `passes.submersion` found. It can, besides what every
+stage can,
+
+- `pull` the cotangent of its result back to its state from parameters and small
+  residuals (*bits*) alone, without the state: sweep R;
+- `push` the cotangent of its state forward again, from the same bits: sweep V. This is
+  the vijp (vector-inverse-Jacobian product), h_out = h_in R with J R = I.
+
+Both sweeps use the bits of the first pass, never signs computed again. Source: DESIGN
+section 2. Limits: those of `passes.submersion`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mwc.stages import Straight, Values
+from passes import _jax
+from passes.graph import Graph, Var, evaluate
+from passes.submersion import Inverse, Rule, Submersion
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """A stage that can be swept in both directions.
+
+    Attributes:
+      stage: the stage; its `bit_vars` are all that `pull` needs of the state.
+      found: its links with their inverses.
+      state: the state it reads, in the chain's variables.
+      result: the state it makes.
+    """
+
+    stage: Straight
+    found: Submersion
+    state: Var
+    result: Var
+
+    def pull(self, values: Values, bits: Sequence[Array], h_out: Array) -> Array:
+        """h_in from h_out; `values` need not have the state."""
+        cts = {self.result: h_out}
+        return self.stage.pull(values, bits, False, cts, {self.state})[self.state]
+
+    def push(self, values: Values, bits: Sequence[Array], h_in: Array) -> Values:
+        """The cotangents between its links, from h_in to h_out.
+
+        They are named as in the stage's derivative; h_out is `last`.
+        """
+        bwd = self.stage.linear.bwd
+        links = [inverse.link for inverse in self.found.inverses]
+        read: set[Var] = set()
+        for link in links:
+            read |= bwd.inputs_of([link.target], [link.source]) - {link.source}
+        env = self.stage.residuals(values, bits, False, read)
+        known = {self._target: h_in}
+        for inverse in reversed(self.found.inverses):
+            link = inverse.link
+            known[link.source] = _invert(bwd, inverse, env, known[link.target])
+        return known
+
+    @property
+    def last(self) -> Var:
+        """The cotangent of the result, in the derivative's variables."""
+        return self.stage.linear.ct_inputs[0]
+
+    @property
+    def _target(self) -> Var:
+        """The cotangent of the state, in the derivative's variables."""
+        if self.found.inverses:
+            return self.found.inverses[-1].link.target
+        return self.last
+
+    def advance(self, values: Values, bits: Sequence[Array]) -> Array:
+        """The result from the state, branching as the bits say.
+
+        The activation is then the one that the gradients read, and is made once.
+        """
+        return self.stage.results(values, bits)[0]
+
+    def gradients(
+        self,
+        values: Values,
+        bits: Sequence[Array],
+        known: Values,
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of the wanted inputs, the state left out.
+
+        They start from what `push` gave, so that no product runs a second time.
+        """
+        bwd = self.stage.linear.bwd
+        chosen = [(v, ct) for v, ct in self.stage.chosen(wanted) if v is not self.state]
+        outs = [ct for _, ct in chosen]
+        read = bwd.inputs_of(outs, known) - {*known}
+        env = self.stage.residuals(values, bits, False, read)
+        found = evaluate(bwd, {**env, **known}, outs)
+        return dict(zip((v for v, _ in chosen), found, strict=True))
+
+
+def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
+    """h_out of a link from its h_in."""
+    source, target = inverse.link.source, inverse.link.target
+
+    def pull(ct: Array) -> Array:
+        return evaluate(bwd, {**env, source: ct}, [target])[0]
+
+    zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
+    if inverse.rule is Rule.TRANSPOSE:
+        _, push = jax.vjp(pull, zeros)
+        found = push(h)[0]
+        return found if inverse.scale == 1 else found / inverse.scale
+    if inverse.rule is Rule.DIVIDE:
+        return h / pull(zeros + 1)
+    assert inverse.rule is Rule.TRIANGULAR, inverse.reason
+    return _solve(inverse, env, h)
+
+
+def _solve(inverse: Inverse, env: Values, h: Array) -> Array:
+    """h_out of a product with a unit triangular weight, by substitution."""
+    (eqn,), fact = inverse.link.eqns, inverse.fact
+    assert fact is not None
+    contract, batch = eqn.params["dimension_numbers"]
+    side = 1 if eqn.invars[0] is inverse.link.source else 0
+    weight, ct = env[eqn.invars[side]], inverse.link.source.aval
+    (c,), (ct_axis,) = contract[side], contract[1 - side]
+    (f,) = {*fact.axes} - {c}
+    lead = len(batch[side])
+    matrix = jnp.moveaxis(weight, (*batch[side], f, c), range(weight.ndim))
+    # h_in: axes of the batch, then the free ones of the left and of the right operand.
+    rows = jnp.moveaxis(h, h.ndim - 1 if side else lead, -1)
+    flat = rows.reshape(*rows.shape[:lead], -1, rows.shape[-1])
+    found = lax.linalg.triangular_solve(
+        *(matrix, jnp.swapaxes(flat, -1, -2)),
+        left_side=True,
+        lower=fact.lower == (fact.axes == (f, c)),
+        unit_diagonal=True,
+    )
+    found = jnp.swapaxes(found, -1, -2).reshape(rows.shape)
+    free = [a for a in range(ct.ndim) if a != ct_axis and a not in batch[1 - side]]
+    return jnp.moveaxis(found, range(ct.ndim), (*batch[1 - side], *free, ct_axis))
