@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
+from mwc import constraints
 from mwc._check import CheckReport
+from mwc._coisometric import coisometric
 from mwc._compile import Compiled, moonwalk_compile
-from mwc._gradients import Drift
+from mwc._drift import Drift
 from mwc._trace import MoonwalkConcretizationError, MoonwalkTracerError
 from mwc.errors import (
+    MoonwalkDriftError,
     MoonwalkError,
     MoonwalkTargetError,
     MoonwalkTypeError,
@@ -22,12 +25,15 @@ __all__ = [
     "Compiled",
     "Drift",
     "MoonwalkConcretizationError",
+    "MoonwalkDriftError",
     "MoonwalkError",
     "MoonwalkTargetError",
     "MoonwalkTracerError",
     "MoonwalkTypeError",
     "MoonwalkUnsupportedError",
     "MoonwalkValueError",
+    "coisometric",
+    "constraints",
     "moonwalk_compile",
 ]
 

@@ -16,7 +16,7 @@ from typing import Any
 from mwc import _planner
 from mwc._build import Builder, matrix_cost
 from mwc._policy import pins
-from mwc._rebuilding import Judge, merged, runs
+from mwc._rebuilding import Judge, merged, rebuilt_loop, runs
 from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class Assembly:
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._known = facts(graph, dict(known or {}))
-        self._judge = Judge(outside, self.tangents, self._known)
+        self._judge = Judge(outside, self._known)
         self._bodies: dict[int, Assembly] = {}
 
     def __len__(self) -> int:
@@ -116,13 +116,24 @@ class Assembly:
         """A loop with its best setting, or as a stage like others."""
         if not isinstance(stage, Loop):
             return stage
-        found = None
+        choices: list[Loop] = []
         if "checkpoint" in allowed:
             nested = list(self._nested(i, stage, extra))
             whole = max((n.leaf_bytes for n in nested), default=0)
             choices = [*_planner.grouped(stage, whole), *nested]
-            found = _planner.settle(choices, extra)
-        return found or self._builder.straight(stage.graph)
+        if "moonwalk" in allowed:
+            choices += self._rebuilt(stage)
+        return _planner.settle(choices, extra) or self._builder.straight(stage.graph)
+
+    def _rebuilt(self, loop: Loop) -> list[Loop]:
+        """The loop with its steps rebuilt, if they can be."""
+        graph, body = loop.body.graph, loop.body
+        outside = {*graph.invars} - {*graph.invars[loop.carries]}
+        known = self._builder.inner_facts(loop.eqn, graph, self._known)
+        one = Judge(outside, known)(body)
+        if isinstance(one, str):
+            return []
+        return [rebuilt_loop(loop, one, self._options.tolerance)]
 
     def _nested(self, i: int, loop: Loop, extra: float) -> Iterator[Loop]:
         """The loop with its body as a chain."""

@@ -27,8 +27,8 @@ class CheckReport:
       max_error: largest difference in a leaf over the largest entry of the leaf,
         the worst over leaves.
       worst_leaf: the path of that leaf.
-      headroom: how far the guard is from its limit, None without a guard.
-      worst_stage: the stage nearest to it, None without a guard.
+      headroom: the guard's limit over its worst reading, None without a guard.
+      worst_stage: the stage of that reading, None without a guard.
     """
 
     ok: bool
@@ -69,7 +69,7 @@ def check(
             expected="concrete arrays",
             remedy="call it outside jit, grad and vmap",
         )
-    value, grads = loss.value_and_grad(*args, **kwargs)
+    value, grads, drift = loss.value_and_grad(*args, with_drift=True, **kwargs)
     true_value, true_grads = reference()
     mine = jax.tree_util.tree_leaves_with_path({"value": value, "gradient": grads})
     true = jax.tree.leaves({"value": true_value, "gradient": true_grads})
@@ -79,7 +79,12 @@ def check(
         ok = ok and fine
         if error >= worst:
             worst, where = error, jax.tree_util.keystr(path)
-    return CheckReport(ok, worst, where)
+    headroom, stage = None, None
+    if int(drift.stage) >= 0:
+        headroom = float(1 / drift.worst) if drift.worst > 0 else float("inf")
+        row = loss.plan(*args, **kwargs).stages[int(drift.stage)]
+        stage = f"stage {int(drift.stage)}, {row.source}"
+    return CheckReport(ok, worst, where, headroom, stage)
 
 
 def _compare(leaf: Any, right: Any) -> tuple[float, bool]:

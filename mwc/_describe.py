@@ -15,6 +15,7 @@ from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.nodes.moonwalk import Moonwalk
 from mwc.packing import is_packed
+from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.depend import reached
@@ -52,7 +53,7 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
             rows += _rebuilt_rows(len(rows), stage, here, again[i])
             continue
         row = _row(len(rows), stage, i in stored, here, again[i])
-        if stage in decision.why:
+        if stage in decision.why and row.strategy != "moonwalk":
             reason = f"{row.reason}; {decision.why[stage]}"
             row = dataclasses.replace(row, reason=reason)
         rows.append(row)
@@ -69,6 +70,21 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
         backprop_bytes=_backprop(node),
         notes=notes,
     )
+
+
+def guarded_rows(node: Checkpoint) -> tuple[int, ...]:
+    """The plan's row of each reading of a guard."""
+    found: list[int] = []
+    row = 0
+    for stage in node.stages:
+        if isinstance(stage, Moonwalk):
+            row += stage.lead is not None
+            found += range(row, row + stage.guards)
+            row += len(stage.stages)
+        else:
+            found += [row] * stage.guards
+            row += 1
+    return tuple(found)
 
 
 def _rebuilt_rows(
@@ -110,13 +126,29 @@ def _row(i: int, stage: Stage, stored: bool, state: int, again: float) -> StageR
         residual_bytes=kept,
         state_bytes=state,
         extra_flops=again,
-        amplification=None,
+        amplification=_amplification(stage),
         reason=reason,
     )
 
 
+def _amplification(stage: Stage) -> float | None:
+    one = stage.one if isinstance(stage, RebuiltLoop) else None
+    return one.found.amplification if one is not None else None
+
+
 def _kept(stage: Stage, stored: bool) -> tuple[int, int, str, str]:
     """Bits, bytes, strategy and reason of a stage."""
+    if isinstance(stage, RebuiltLoop):
+        assert stage.one is not None
+        found = stage.one.found
+        bits = stage.length * sum(
+            size(v) for v in stage.one.stage.bit_vars if is_packed(v.aval)
+        )
+        kept = loop_kept(stage) + stage.length * SKETCH_BYTES
+        kept += stage.stops * nbytes(stage.one.state)
+        reason = f"every step's cotangent is rebuilt: {found.verdict.value}, "
+        reason += f"{found.reason}; one kept every {stage.every} steps"
+        return bits, kept, "moonwalk", reason
     if isinstance(stage, Loop):
         body = stage.body
         bits = 0

@@ -13,10 +13,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from mwc._assemble import Assembly
-from mwc._describe import describe
+from mwc._describe import describe, guarded_rows
 from mwc._plan import Plan
 from mwc.chained import Chained
+from mwc.stages import DRIFT
 from passes import _jax
 from passes.graph import Var, is_var, read
 from passes.inline import inline
@@ -43,7 +46,7 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     extra = 2.0 if options.extra_forwards is None else options.extra_forwards
     chained, decision = assembly.schedule(extra)
     plan = describe(chained.node, decision, graph, options.strict)
-    return Emitted(jaxpr, chained, plan)
+    return Emitted(jaxpr, chained, plan, guarded_rows(chained.node))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,6 +56,7 @@ class Emitted:
     jaxpr: Any
     chained: Chained
     plan: Plan
+    guarded: tuple[int, ...]
 
     def forward(
         self, active: tuple[bool, ...], args: Sequence[Array]
@@ -70,21 +74,24 @@ class Emitted:
         args: Sequence[Array],
         saved: Sequence[Array],
         cts: Sequence[Array | None],
+        drift: bool = False,
     ) -> list[Array]:
-        """Cotangents of the wanted arguments."""
+        """Cotangents of the wanted arguments, then readings of the guards."""
         graph = self.chained.graph
         values = dict(zip(graph.invars, args, strict=True))
-        asked = self._reached(wanted)
+        asked = self._reached(wanted) | ({DRIFT} if drift else set())
         due: dict[Var, Array] = {}
         for v, ct in zip(graph.outvars, cts, strict=True):
             if ct is not None and is_var(v) and v in asked:
                 due[v] = due[v] + ct if v in due else ct
         self.chained.backward(values, saved, self._reached(active), asked, due)
-        return [
+        found = [
             due[v] if v in due else _jax.zeros(v.aval.shape, v.aval.dtype, v.aval)
             for v, w in zip(graph.invars, wanted, strict=True)
             if w
         ]
+        readings = due.get(DRIFT, jnp.zeros(len(self.guarded), jnp.float32))
+        return [*found, readings] if drift else found
 
     def _reached(self, flags: tuple[bool, ...]) -> set[Var]:
         pairs = zip(self.chained.graph.invars, flags, strict=True)

@@ -7,12 +7,14 @@ as equinox does.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from mwc import _trace
+from mwc._drift import no_drift, raise_if_tripped, swept
 from mwc._shared import Shared
 from mwc._trace import (
     is_array,
@@ -24,20 +26,6 @@ from mwc._trace import (
 from mwc.errors import MoonwalkTypeError
 
 
-class Drift(NamedTuple):
-    """What the guards of a plan read.
-
-    Attributes:
-      tripped: whether a limit was passed.
-      worst: the worst reading as a fraction of its limit.
-      stage: the stage of the worst reading, -1 where no stage has a guard.
-    """
-
-    tripped: Any
-    worst: Any
-    stage: Any
-
-
 class Gradients:
     """Value and gradients of the differentiable leaves of some arguments."""
 
@@ -46,8 +34,18 @@ class Gradients:
         self.bound = bound
         self.fun = fun
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns (value or (value, aux), gradients)."""
+    def with_drift(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns (value or (value, aux), gradients, drift)."""
+        self._chosen(args)
+        found = swept(self.shared, args, kwargs, self.bound)
+        if found is None:
+            return *self(args, kwargs), no_drift()
+        out, grads, drift = found
+        value, aux = self._split(out)
+        return (value, aux) if self.shared.has_aux else value, grads, drift
+
+    def _chosen(self, args: tuple[Any, ...]) -> tuple[list[int], list[Any]]:
+        """Positions and values of the arguments to differentiate."""
         signature, argnums = self.shared.signature, self.shared.argnums
         indices = _trace.positions(argnums, args, signature, self.bound)
         missing = [i for i in indices if i >= len(args)]
@@ -60,6 +58,12 @@ class Gradients:
             )
         chosen = [args[i] for i in indices]
         self._check_arguments(chosen)
+        return indices, chosen
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns (value or (value, aux), gradients)."""
+        argnums = self.shared.argnums
+        indices, chosen = self._chosen(args)
         leaves, tree = jax.tree.flatten(wrap(chosen))
         flags = [is_differentiable(leaf) for leaf in leaves]
 
@@ -140,24 +144,36 @@ class ValueAndGrad:
         self._shared = shared
         self._bound = bound
 
-    def _jitted(self) -> Any:
+    def _jitted(self, drift: bool = False) -> Any:
         shared, count = self._shared, len(self._bound)
-        if count not in shared.gradients:
+        if (count, drift) not in shared.gradients:
             inner = Gradients(shared, count, lambda *a, **k: shared(a, k, count))
+            call = inner.with_drift if drift else inner
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                return wrap(inner(*unwrap((args, kwargs))))
+                return wrap(call(*unwrap((args, kwargs))))
 
-            shared.gradients[count] = shared.jit(run)
-        return shared.gradients[count]
+            shared.gradients[count, drift] = shared.jit(run)
+        return shared.gradients[count, drift]
 
     def __call__(self, *args: Any, with_drift: bool = False, **kwargs: Any) -> Any:
-        """Returns (value, gradients), or (value, gradients, drift)."""
-        full, named, _ = self._shared.prepared((*self._bound, *args), kwargs)
-        value, grads = unwrap(self._jitted()(*full, **named))
-        if not with_drift:
-            return value, grads
-        return value, grads, Drift(jnp.array(False), jnp.array(0.0), jnp.array(-1))
+        """Returns (value, gradients), or (value, gradients, drift).
+
+        Raises:
+          MoonwalkDriftError: a guard tripped, with `on_drift="raise"`, outside of
+            other transformations.
+        """
+        shared = self._shared
+        full, named, _ = shared.prepared((*self._bound, *args), kwargs)
+        strict = shared.options.on_drift == "raise"
+        inside = any(isinstance(x, Tracer) for x in jax.tree.leaves((full, named)))
+        if not with_drift and (not strict or inside):
+            return unwrap(self._jitted()(*full, **named))
+        value, grads, drift = unwrap(self._jitted(drift=True)(*full, **named))
+        if strict and not inside:
+            count = len(self._bound)
+            raise_if_tripped(drift, shared.spec((*self._bound, *args), kwargs, count))
+        return (value, grads, drift) if with_drift else (value, grads)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """JAX's own `Lowered` object of the jitted function."""

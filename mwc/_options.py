@@ -16,6 +16,12 @@ from mwc.errors import (
 STRATEGIES = ("moonwalk", "invert", "checkpoint", "stored")
 DRIFT = ("recompute", "nan", "raise")
 
+_INSTEAD = {
+    "memory_budget": "leave it out; extra_forwards bounds the extra time",
+    "on_drift": "leave it out for gradients that are NaN where a guard trips, or use "
+    "'raise' for an error from value_and_grad",
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -56,20 +62,20 @@ class Options:
             )
         if not isinstance(self.strict, bool):
             raise MoonwalkTypeError(f"strict is {self.strict!r}", expected="a bool")
+        _check_tolerance(self.tolerance)
         self._refuse_unbuilt()
 
     def _refuse_unbuilt(self) -> None:
         unbuilt = {
             "memory_budget": self.memory_budget is not None,
-            "tolerance": self.tolerance is not None,
             "plan": self.plan is not None,
-            "on_drift": self.on_drift not in (None, "nan"),
+            "on_drift": self.on_drift == "recompute",
         }
         for name, asked in unbuilt.items():
             if asked:
                 raise MoonwalkUnsupportedError(
                     f"{name}={getattr(self, name)!r} is not implemented yet",
-                    remedy=f"leave {name} out; extra_forwards bounds the extra time",
+                    remedy=_INSTEAD.get(name, f"leave {name} out"),
                 )
 
 
@@ -95,6 +101,21 @@ def _check_extra(extra: Any) -> None:
             f"extra_forwards is {extra!r}",
             expected="a number of forward passes that is not negative",
             remedy="0 stores what backpropagation stores, 1 or 2 save most memory",
+        )
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise MoonwalkTypeError(
+            f"tolerance is {tolerance!r}", expected="a number or None"
+        )
+    if not 0 < tolerance < 1:
+        raise MoonwalkValueError(
+            f"tolerance is {tolerance!r}",
+            expected="a relative error between 0 and 1",
+            remedy="leave it out for the precision of the program's own products",
         )
 
 

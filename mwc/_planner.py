@@ -16,6 +16,8 @@ from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import store_all
 from mwc.nodes.moonwalk import Moonwalk
+from mwc.nodes.rebuild import Rebuilt
+from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes.binomial import again, least_slots
 from passes.flops import eqn_flops
@@ -141,16 +143,19 @@ def _rebuilt_costs(
     run: Moonwalk, forward: float, born: tuple[tuple[int, int], ...], matrices: bool
 ) -> Costs:
     """Sweep V advances, pushes, and reruns what gradients need; stored it is not."""
-    pushed = 0.0
-    for one in run.stages:
-        eqns = (e for inverse in one.found.inverses for e in inverse.link.eqns)
-        count = [eqn_flops(e) for e in eqns]
-        pushed += sum(c.matrix if matrices else c.elementwise for c in count)
-        pushed += one.stage.rerun
+    pushed = sum(push_cost(one, matrices) for one in run.stages)
     last = forward_cost(run.stages[-1].stage.graph, matrices)
     # State, cotangent, the product's operand and result.
     local = 4 * max(nbytes(one.state) for one in run.stages)
     return Costs(forward, forward - last + pushed, math.inf, 0, local, born)
+
+
+def push_cost(one: Rebuilt, matrices: bool) -> float:
+    """FLOPs of rebuilding a cotangent, and of what its gradients run again."""
+    eqns = (e for inverse in one.found.inverses for e in inverse.link.eqns)
+    count = [eqn_flops(e) for e in eqns]
+    pushed = sum(c.matrix if matrices else c.elementwise for c in count)
+    return pushed + one.stage.rerun
 
 
 def bit_bytes(stages: Iterable[Stage]) -> int:
@@ -191,6 +196,8 @@ def loop_kept(loop: Loop) -> int:
 
 def loop_extra(loop: Loop) -> float:
     """Forward passes that a loop's backward runs again."""
+    if isinstance(loop, RebuiltLoop):
+        return loop.leaf_forwards
     leaves = -(-loop.length // loop.group)
     return again(leaves, loop.slots) / leaves + loop.leaf_forwards
 
@@ -224,6 +231,8 @@ def settle(choices: Iterable[Loop], extra: float) -> Loop | None:
     for loop in choices:
         leaves = -(-loop.length // loop.group)
         most = extra + SLACK - loop.leaf_forwards
+        if isinstance(loop, RebuiltLoop):
+            leaves = 1  # no carry is kept but the first
         slots = least_slots(leaves, most * leaves) if most >= 0 else None
         if slots is None:
             continue

@@ -20,10 +20,12 @@ class Program(Protocol):
       jaxpr: a closed jaxpr without constants; its invars are the flat arguments
         (closed-over values first), its outvars the flat results.
       plan: what is kept and why (`mwc.Plan`).
+      guarded: the rows of `plan.stages` whose cotangents are checked.
     """
 
     jaxpr: Any
     plan: Any
+    guarded: tuple[int, ...]
 
     def forward(
         self, active: tuple[bool, ...], args: Sequence[Array]
@@ -47,6 +49,7 @@ class Program(Protocol):
         args: Sequence[Array],
         saved: Sequence[Array],
         cts: Sequence[Array | None],
+        drift: bool = False,
     ) -> list[Array]:
         """Pulls cotangents of the results back to arguments.
 
@@ -56,9 +59,11 @@ class Program(Protocol):
           args: the flat arguments.
           saved: what `forward` saved.
           cts: one cotangent a result, None where it is a symbolic zero.
+          drift: whether the readings of guards are asked for too.
 
         Returns:
           One cotangent for each True of `wanted`, in order, of the argument's
-          shape and dtype.
+          shape and dtype; with `drift`, then a vector with one entry for each of
+          `guarded`, its reading as a fraction of its limit.
         """
         ...

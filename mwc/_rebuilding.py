@@ -19,9 +19,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mwc.guard import planned_tolerance
+from mwc.guard import SKETCH_BYTES, planned_tolerance
+from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
+from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes.declared import Fact
 from passes.flops import eqn_flops
@@ -39,17 +41,11 @@ class Judge:
 
     Args:
       outside: the program's own inputs and what follows from parameters.
-      tangents: the variables that may carry a tangent.
       known: what is known of weights.
     """
 
-    def __init__(
-        self,
-        outside: Collection[Var],
-        tangents: Collection[Var],
-        known: Mapping[Var, Fact],
-    ):
-        self._outside, self._tangents, self._known = outside, tangents, known
+    def __init__(self, outside: Collection[Var], known: Mapping[Var, Fact]):
+        self._outside, self._known = outside, known
         self._found: dict[Any, tuple[Submersion, tuple[Var, ...]]] = {}
 
     def __call__(self, stage: Stage) -> Rebuilt | str:
@@ -147,6 +143,37 @@ def growth(run: Sequence[Rebuilt]) -> float:
     """The rounding that rebuilding a run is expected to add."""
     eps = float(jnp.finfo(run[0].result.aval.dtype).eps)
     return _ROUNDING * eps * run_error([one.found.amplification or 1.0 for one in run])
+
+
+def rebuilt_loop(loop: Loop, one: Rebuilt, tolerance: float | None) -> RebuiltLoop:
+    """A loop whose steps are rebuilt, with a cotangent kept as often as it must be."""
+    most = planned_tolerance(one.result.aval.dtype, tolerance)
+    every = min(_LONGEST, loop.length)
+    while every > 1 and growth([one] * every) > most:
+        every -= 1
+    eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
+    work = [eqn_flops(eqn) for eqn in loop.body.graph.eqns]
+    push = [eqn_flops(eqn) for eqn in eqns]
+    matrices = any(count.matrix for count in work)
+
+    def total(counts: Sequence[Any]) -> float:
+        return sum(c.matrix if matrices else c.elementwise for c in counts)
+
+    stops = (loop.length - 1) // every
+    return RebuiltLoop(
+        loop.graph,
+        one.stage,
+        group=1,
+        slots=0,
+        pruned=True,
+        # Sweep V runs every step, pushes, and reruns what gradients need.
+        leaf_forwards=1 + (total(push) + one.stage.rerun) / max(1.0, total(work)),
+        leaf_bytes=(stops + 3) * nbytes(one.state) + loop.length * SKETCH_BYTES,
+        one=one,
+        every=every,
+        exact=_exact([one]),
+        tolerance=tolerance,
+    )
 
 
 def merged(

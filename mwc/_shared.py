@@ -107,7 +107,7 @@ class Shared:
         indices = _trace.positions(self.argnums, args, self.signature, bound)
         jaxpr = _jax.hoisted(traced)
         roles = ["data"] * len(captured)
-        roles += self._roles(args, kwargs, {*range(bound), *indices})
+        roles += self.roles(args, kwargs, {*range(bound), *indices})
         build = functools.partial(_build, jaxpr, tuple(roles), self.options)
         name, source = self.signature.name, self.signature.source
         site = Site(Spec(jaxpr, build, name=name, source=source))
@@ -137,9 +137,10 @@ class Shared:
             )
         return entry.site.spec
 
-    def _roles(
+    def roles(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: set[int]
     ) -> list[str]:
+        """ "parameter" or "data" for each traced leaf; `indices` are parameters."""
         static = {n % len(args) for n in self.signature.static_nums if n < len(args)}
         roles = []
         for index, arg in enumerate(args):

@@ -205,6 +205,28 @@ class Spec:
             self._traces[small] = _jax.dead_code(pure, [True] * sum(wanted))
         return self._traces[small]
 
+    def swept(self, active: Mask, args: Sequence[Any]) -> tuple[list[Any], ...]:
+        """Results, cotangents of active arguments, and readings of the guards.
+
+        Args:
+          active: the arguments that carry tangents; all of them are asked for.
+          args: the flat arguments. The first result is what is differentiated.
+        """
+        count = len(self.in_avals)
+        both = _jax.run_jaxpr(self.forward(active), *args)
+        outs, saved = both[: len(self.out_avals)], both[len(self.out_avals) :]
+
+        def fun(*ins: Any) -> list[Any]:
+            args, kept, ct = ins[:count], ins[count:-1], ins[-1]
+            cts = [ct, *(None for _ in self.out_avals[1:])]
+            return self.program.backward(active, active, args, kept, cts, drift=True)
+
+        avals = [*self.in_avals, *self.saved_avals(active), self.out_avals[0]]
+        jaxpr = _jax.without_debug(self.trace(("swept", active), fun, avals))
+        one = jnp.ones((), self.out_avals[0].dtype)
+        *grads, readings = _jax.run_jaxpr(jaxpr, *args, *saved, one)
+        return outs, grads, readings
+
     def needed(self, active: Mask, wanted: Mask, given: Mask) -> Mask:
         """The saved values that a backward sweep with these masks reads."""
         _, live = self.backward(active, wanted, given)

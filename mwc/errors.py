@@ -43,3 +43,7 @@ class MoonwalkTargetError(MoonwalkError):
 
 class MoonwalkUnsupportedError(MoonwalkError):
     """The function does something that the chosen options cannot serve."""
+
+
+class MoonwalkDriftError(MoonwalkError):
+    """A guard tripped: a rebuilt cotangent was not the one that it replaces."""

@@ -119,7 +119,7 @@ class Loop:
         if not store:
             self.run(values, effects)
             return []
-        return _Sweeps(self, values).first(values)
+        return Sweeps(self, values).first(values)
 
     def pull(
         self,
@@ -132,10 +132,10 @@ class Loop:
         """Cotangents of those inputs that are in `wanted`."""
         if not stored:
             saved = self.first(dict(values), store=True, effects=False)
-        return _Sweeps(self, values).pull(saved, cts, wanted)
+        return Sweeps(self, values).pull(saved, cts, wanted)
 
 
-class _Sweeps:
+class Sweeps:
     """The loops that a `Loop` emits, for given operands."""
 
     def __init__(self, loop: Loop, values: Values):
@@ -146,9 +146,9 @@ class _Sweeps:
         self._init = [jnp.asarray(x) for x in operands[consts : consts + carries]]
         self._xs = operands[consts + carries :]
         invars, outvars = loop.body.graph.invars, loop.body.graph.outvars
-        self._const_vars = invars[:consts]
-        self._carry_vars = invars[consts : consts + carries]
-        self._x_vars = invars[consts + carries :]
+        self.const_vars = invars[:consts]
+        self.carry_vars = invars[consts : consts + carries]
+        self.x_vars = invars[consts + carries :]
         self._next_vars = outvars[:carries]
         self._y_vars = outvars[carries:]
         self._length = loop.length
@@ -162,16 +162,17 @@ class _Sweeps:
 
     # One step -----------------------------------------------------------------
 
-    def _at(self, step: Array) -> Array:
+    def at(self, step: Array) -> Array:
         """The index of a step in the stacks."""
         return self._length - 1 - step if self._loop.eqn.params["reverse"] else step
 
-    def _inputs(self, step: Array, carry: Sequence[Array]) -> Values:
-        at = self._at(step)
-        values = dict(zip(self._const_vars, self._consts, strict=True))
-        values.update(zip(self._carry_vars, carry, strict=True))
+    def inputs(self, step: Array, carry: Sequence[Array]) -> Values:
+        """What the body reads at a step."""
+        at = self.at(step)
+        values = dict(zip(self.const_vars, self._consts, strict=True))
+        values.update(zip(self.carry_vars, carry, strict=True))
         values.update(
-            (v, stacks.take(x, at)) for v, x in zip(self._x_vars, self._xs, strict=True)
+            (v, stacks.take(x, at)) for v, x in zip(self.x_vars, self._xs, strict=True)
         )
         return values
 
@@ -182,7 +183,7 @@ class _Sweeps:
         """The carry before `stop` from the one before `start`."""
 
         def step(i: Array, carry: list[Array]) -> list[Array]:
-            values = self._inputs(i, carry)
+            values = self.inputs(i, carry)
             return evaluate(self._body.graph, values, self._next_vars)
 
         return lax.fori_loop(start, stop, step, list(carry))
@@ -216,10 +217,10 @@ class _Sweeps:
                 slots = lax.fori_loop(
                     0, (table[i] >= 0).astype(jnp.int32), write, slots
                 )
-            values = self._inputs(i, carry)
+            values = self.inputs(i, carry)
             kept = body.first(values, store=False, effects=False)
             kept = kept if loop.pruned else []
-            at = self._at(i)
+            at = self.at(i)
             bits = [stacks.put(b, x, at) for b, x in zip(bits, kept, strict=True)]
             out = self._outputs(values, y_vars)
             ys = [stacks.put(b, x, at) for b, x in zip(ys, out, strict=True)]
@@ -243,12 +244,12 @@ class _Sweeps:
         loop, body = self._loop, self._body
         carries = loop.counts[1] if loop.slots else 0
         slots, bits = list(saved[:carries]), list(saved[carries:])
-        ask = self._asked(wanted)
-        c_vars = [v for v in self._const_vars if v in ask]
-        h_vars = [v for v in self._carry_vars if v in ask]
-        x_vars = [v for v in self._x_vars if v in ask]
-        nexts = dict(zip(self._carry_vars, self._next_vars, strict=True))
-        results = dict(zip(self._carry_vars, loop.eqn.outvars, strict=False))
+        ask = self.asked(wanted)
+        c_vars = [v for v in self.const_vars if v in ask]
+        h_vars = [v for v in self.carry_vars if v in ask]
+        x_vars = [v for v in self.x_vars if v in ask]
+        nexts = dict(zip(self.carry_vars, self._next_vars, strict=True))
+        results = dict(zip(self.carry_vars, loop.eqn.outvars, strict=False))
         g_consts = [stacks.zeros(None, v.aval, v) for v in c_vars]
         g_xs = [stacks.zeros(self._length, v.aval, v) for v in x_vars]
         g_carry = [
@@ -260,13 +261,13 @@ class _Sweeps:
 
         def pull_step(i: Array, carry: Any, kept: Any, stored: bool, grads: Any) -> Any:
             g_carry, g_consts, g_xs = grads
-            at = self._at(i)
+            at = self.at(i)
             due: Values = {}
             pairs = [(nexts[v], g) for v, g in zip(h_vars, g_carry, strict=True)]
             for v, ct in (*pairs, *((v, stacks.take(ct, at)) for v, ct in y_cts)):
                 if is_var(v):
                     due[v] = due[v] + ct if v in due else ct
-            values = self._inputs(i, carry)
+            values = self.inputs(i, carry)
             found = body.pull(values, kept, stored, due, ask)
             g_xs = [
                 stacks.put(b, found[v], at) if v in found else b
@@ -295,12 +296,12 @@ class _Sweeps:
                 found[outer] = found[outer] + g if outer in found else g
         return found
 
-    def _asked(self, wanted: Collection[Var]) -> set[Var]:
+    def asked(self, wanted: Collection[Var]) -> set[Var]:
         """The body's inputs whose cotangents lead to a wanted operand."""
         body, eqn = self._body, self._loop.eqn
         pairs = zip(body.graph.invars, eqn.invars, strict=True)
         found = {v for v, o in pairs if is_var(o) and o in wanted and is_inexact(v)}
-        carries = zip(self._carry_vars, eqn.outvars, strict=False)
+        carries = zip(self.carry_vars, eqn.outvars, strict=False)
         found |= {v for v, o in carries if o in wanted and is_inexact(v)}
         return found
 
@@ -343,7 +344,7 @@ class _Sweeps:
     def _pruned_leaf(
         self, i: Array, carry: Any, bits: Any, grads: Any, pull_step: Callable
     ) -> Any:
-        kept = [stacks.take(b, self._at(i)) for b in bits]
+        kept = [stacks.take(b, self.at(i)) for b in bits]
         return pull_step(i, carry, kept, False, grads)
 
     def _stored_leaf(
@@ -352,17 +353,17 @@ class _Sweeps:
         """Runs the steps of a leaf with their residuals stored, then pulls."""
         loop, body = self._loop, self._body
         if loop.group == 1 or not isinstance(body, Straight):
-            kept = body.first(self._inputs(i, carry), store=False, effects=False)
+            kept = body.first(self.inputs(i, carry), store=False, effects=False)
             return pull_step(i, carry, kept, False, grads)
         stop = jnp.minimum(i + loop.group, self._length)
-        held = [v for v in body.names if v in self._carry_vars]
+        held = [v for v in body.names if v in self.carry_vars]
         outs = [v for v in body.names if v in body.graph.producer]
         rows = [stacks.zeros(loop.group, v.aval, v) for v in (*held, *outs)]
         rows += [stacks.zeros(loop.group, stacks.packed(v), v) for v in body.kept_vars]
 
         def forward(k: Array, state: Any) -> Any:
             carry, rows = state
-            values = self._inputs(k, carry)
+            values = self.inputs(k, carry)
             kept = body.first(values, store=True, effects=False)
             new = (*(values[v] for v in (*held, *outs)), *kept)
             rows = [stacks.put(b, x, k - i) for b, x in zip(rows, new, strict=True)]
@@ -374,7 +375,7 @@ class _Sweeps:
             k = stop - 1 - (k - i)
             rows = [stacks.take(b, k - i) for b in kept]
             names = dict(zip((*held, *outs), rows, strict=False))
-            given = zip(self._carry_vars, carry, strict=True)
+            given = zip(self.carry_vars, carry, strict=True)
             past = [names.get(v, x) for v, x in given]
             return pull_step(k, past, rows[len(names) :], True, grads)
 

@@ -1,0 +1,202 @@
+"""`RebuiltLoop`: a scan whose steps are swept back and then forward, in loop form.
+
+The first pass keeps each step's bits in stacks. The backward is a loop over all steps
+from the last to the first (sweep R: pull, keep a sketch) and one from the first to the
+last (sweep V: push, compare, emit gradients, advance), as `mwc.nodes.moonwalk` does for
+unrolled stages. A full cotangent is kept every `every` steps, and sweep V goes on from
+it, so that rounding grows over `every` steps at most.
+
+Source: DESIGN sections 4 and 5. Limits: one carry with a tangent, no cotangents of
+per-step outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from mwc import _stacks as stacks
+from mwc import guard
+from mwc._tie import barrier, tie
+from mwc.loops import Loop, Sweeps
+from mwc.nodes.rebuild import Rebuilt
+from mwc.stages import DRIFT, Values
+from passes import _jax
+from passes.graph import Var, is_var
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RebuiltLoop(Loop):
+    """A scan over a stage that can be rebuilt.
+
+    Attributes:
+      one: its body.
+      every: steps between two cotangents that are kept.
+      exact: whether its products ask for full matrix precision.
+      tolerance: the user's own, or None.
+    """
+
+    one: Rebuilt | None = None
+    every: int = 0
+    exact: bool = False
+    tolerance: float | None = None
+
+    @property
+    def guards(self) -> int:
+        """One reading, the worst of all steps."""
+        return 1
+
+    @property
+    def stops(self) -> int:
+        """Cotangents that are kept on the way."""
+        return (self.length - 1) // self.every
+
+    def pull(
+        self,
+        values: Values,
+        saved: Sequence[Array],
+        stored: bool,
+        cts: Mapping[Var, Array],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Cotangents of those inputs that are in `wanted`."""
+        if not stored:
+            saved = self.first(dict(values), store=True, effects=False)
+        return _Rebuilding(self, values).both(list(saved), cts, wanted)
+
+
+class _Rebuilding(Sweeps):
+    """Sweeps R and V as loops."""
+
+    def __init__(self, loop: RebuiltLoop, values: Values):
+        super().__init__(loop, values)
+        assert loop.one is not None
+        self._rebuilt, self._one = loop, loop.one
+        self._place = self.carry_vars.index(self._one.state)
+
+    def both(
+        self, bits: list[Array], cts: Mapping[Var, Array], wanted: Collection[Var]
+    ) -> Values:
+        """The cotangents of wanted operands."""
+        eqn = self._rebuilt.eqn
+        aval = self._one.result.aval
+        h = cts.get(eqn.outvars[self._place])
+        h = stacks.zeros(None, aval, self._one.result) if h is None else h
+        ask = self.asked(wanted)
+        c_vars = [v for v in self.const_vars if v in ask]
+        x_vars = [v for v in self.x_vars if v in ask]
+        shape = (*aval.shape, 2) if jnp.iscomplexobj(h) else aval.shape
+        take = guard.sketcher(h, [shape], self._one.found.rows)
+        h, marks, stops = self._back(h, bits, take)
+        found: Values = {self._one.state: h}
+        if c_vars or x_vars:
+            found |= self._forth(h, bits, marks, stops, take, c_vars, x_vars, wanted)
+        operand = dict(zip(self._body.graph.invars, eqn.invars, strict=True))
+        given: Values = {DRIFT: found.pop(DRIFT)} if DRIFT in found else {}
+        for v, ct in found.items():
+            outer = operand[v]
+            if is_var(outer) and outer in wanted:
+                given[outer] = given[outer] + ct if outer in given else ct
+        return given
+
+    def _bits(self, bits: Sequence[Array], i: Array) -> list[Array]:
+        return [stacks.take(b, self.at(i)) for b in bits]
+
+    def _given(self, i: Array) -> Values:
+        """What a step reads besides its carry."""
+        values = self.inputs(i, self._init)
+        return {v: x for v, x in values.items() if v not in self.carry_vars}
+
+    def _back(
+        self, h: Array, bits: Sequence[Array], take: guard.Sketcher
+    ) -> tuple[Array, Array, list[Array]]:
+        """Sweep R: h before the first step, sketches, and the cotangents kept."""
+        one, loop = self._one, self._rebuilt
+        mark = take(h)
+        marks = _jax.zeros((loop.length, *mark.shape), mark.dtype, one.result.aval)
+        stops = [stacks.zeros(loop.stops, h, one.state)] if loop.stops else []
+
+        def step(n: Array, state: Any) -> Any:
+            h, marks, stops = state
+            i = loop.length - 1 - n
+            marks = stacks.put(marks, take(h), i)
+            h, marks = barrier(
+                [one.pull(self._given(i), self._bits(bits, i), h), marks]
+            )
+            if stops:
+                keep = (i % loop.every == 0) & (i > 0)
+
+                def write(_: Array, kept: list[Array]) -> list[Array]:
+                    return [stacks.put(kept[0], h, i // loop.every - 1)]
+
+                stops = lax.fori_loop(0, keep.astype(jnp.int32), write, stops)
+            return h, marks, stops
+
+        return lax.fori_loop(0, loop.length, step, (h, marks, stops))
+
+    def _forth(
+        self,
+        h: Array,
+        bits: Sequence[Array],
+        marks: Array,
+        stops: Sequence[Array],
+        take: guard.Sketcher,
+        c_vars: Sequence[Var],
+        x_vars: Sequence[Var],
+        wanted: Collection[Var],
+    ) -> Values:
+        """Sweep V: gradients of constants and per-step inputs, checked."""
+        one, loop = self._one, self._rebuilt
+        operands = [*self._init, *self._consts, *self._xs]
+        held = tie([*operands, *bits, marks, *stops], h)
+        counts = [len(self._init), len(self._consts), len(self._xs), len(bits), 1]
+        groups: list[list[Array]] = []
+        for count in counts:
+            groups.append(held[:count])
+            held = held[count:]
+        self._init, self._consts, self._xs, bits, (marks,) = groups
+        stops = held
+        ask = {*c_vars, *x_vars}
+        g_consts = [stacks.zeros(None, v.aval, v) for v in c_vars]
+        g_xs = [stacks.zeros(loop.length, v.aval, v) for v in x_vars]
+        worst = _jax.zeros((), jnp.float32, one.result.aval)
+
+        def step(i: Array, state: Any) -> Any:
+            carry, h, worst, g_consts, g_xs = state
+            if stops:
+                at = jnp.maximum(i // loop.every - 1, 0)
+                fresh = (i % loop.every == 0) & (i > 0)
+                h = jnp.where(fresh, stacks.take(stops[0], at), h)
+            values, kept = self.inputs(i, carry), self._bits(bits, i)
+            known = one.push(values, kept, h)
+            # Or XLA makes one product of this one and the state's, and copies of both.
+            h, values[one.state] = barrier([known[one.last], values[one.state]])
+            known[one.last] = h
+            seen = guard.reading(stacks.take(marks, i), take(h))
+            grads = one.gradients(values, kept, known, ask)
+            outs = one.stage.results(values, kept)[: len(self._init)]
+            g_consts = [
+                g + grads[v] if v in grads else g
+                for g, v in zip(g_consts, c_vars, strict=True)
+            ]
+            g_xs = [
+                stacks.put(b, grads[v], self.at(i)) if v in grads else b
+                for b, v in zip(g_xs, x_vars, strict=True)
+            ]
+            # A reading that is NaN stays: jnp.maximum passes it on.
+            return outs, h, jnp.maximum(worst, seen), g_consts, g_xs
+
+        state = (self._init, h, worst, g_consts, g_xs)
+        _, _, worst, g_consts, g_xs = lax.fori_loop(0, loop.length, step, state)
+        limit = guard.tolerance(one.result.aval.dtype, loop.exact, loop.tolerance)
+        grads = guard.nan_unless(guard.fine(worst, limit), [*g_consts, *g_xs])
+        found = dict(zip((*c_vars, *x_vars), grads, strict=True))
+        if DRIFT in wanted:
+            found[DRIFT] = (worst / (guard.TRIP * limit))[None]
+        return found
