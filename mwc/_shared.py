@@ -55,7 +55,7 @@ class Shared:
         self.has_aux = has_aux
         self.entries: dict[Any, Entry] = {}
         self.jitted = self.jit(lambda *a, **k: wrap(fun(*unwrap(a), **unwrap(k))))
-        self.gradients: dict[int, Any] = {}
+        self.gradients: dict[tuple[int, bool], Any] = {}
 
     def jit(self, fun: Callable[..., Any]) -> Any:
         return jax.jit(
@@ -140,7 +140,7 @@ class Shared:
     def roles(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: set[int]
     ) -> list[str]:
-        """ "parameter" or "data" for each traced leaf; `indices` are parameters."""
+        """The role of each traced leaf; those of `indices` are parameters."""
         static = {n % len(args) for n in self.signature.static_nums if n < len(args)}
         roles = []
         for index, arg in enumerate(args):

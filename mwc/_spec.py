@@ -205,7 +205,9 @@ class Spec:
             self._traces[small] = _jax.dead_code(pure, [True] * sum(wanted))
         return self._traces[small]
 
-    def swept(self, active: Mask, args: Sequence[Any]) -> tuple[list[Any], ...]:
+    def swept(
+        self, active: Mask, args: Sequence[Any]
+    ) -> tuple[list[Any], list[Any], Any]:
         """Results, cotangents of active arguments, and readings of the guards.
 
         Args:

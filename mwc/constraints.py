@@ -4,12 +4,11 @@
     unit_triangular(raw)   unit diagonal, a strict triangle of bounded norm
     retract(params)        outside the loss: brings weights back after an optimizer step
 
-`orthogonal` is the polar factor Q of raw = Q P, found by Newton-Schulz iterations, which
-are matrix products alone (Higham, "Functions of Matrices", 2008, chapter 8). Its
+`orthogonal` is the polar factor Q of raw = Q P, found by Newton-Schulz iterations,
+which are matrix products alone (Higham, "Functions of Matrices", 2008, chapter 8). Its
 derivative is exact, not that of the iteration: dQ = Q W + (I - Q Q^T) d P^-1 with the
-skew W that solves P W + W P = Q^T d - d^T Q (ibid., section 8.2), by conjugate gradients.
-All of it is on the parameter side: n^3 a matrix, nothing per sample. Limits: a matrix
-that is rank-deficient has no nearest one, and no derivative.
+skew W that solves P W + W P = Q^T d - d^T Q (ibid.), by conjugate gradients. All
+of it is on the parameter side: n^3 a matrix, nothing per sample. Limits: a matrix that is rank-deficient has no nearest one, and no derivative.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
   recomputed and differentiated at the stage that reads it, outside the chain.
 - STATE: on data, captured arrays, random draws: the chain.
 
-A program whose arithmetic is mostly parameter-side has no chain of that kind (the
-"parameter" is what flows, as in `grad(f)(x)`); there every value is STATE. Source:
-DESIGN section 4. Limits: dependence is by data flow, so `stop_gradient` counts.
+A program most of whose arithmetic is one computation on parameters has no chain of that
+kind (the "parameter" is what flows, as in `grad(f)(x)`); there every value is STATE.
+Source: DESIGN section 4. Limits: dependence is by data flow, so `stop_gradient` counts.
 """
 
 from __future__ import annotations
@@ -40,9 +40,29 @@ def sides(graph: Graph, parameters: Collection[Var]) -> list[Side]:
     """
     found = _propagate(graph, parameters)
     costs = [eqn_flops(eqn).total for eqn in graph.eqns]
-    total = sum(costs)
-    alone = sum(c for c, s in zip(costs, found, strict=True) if s is Side.PARAMETER)
-    return found if 2 * alone <= total else _propagate(graph, ())
+    flows = 2 * _largest_map(graph, found, costs) > sum(costs)
+    return _propagate(graph, ()) if flows else found
+
+
+def _largest_map(graph: Graph, found: list[Side], costs: Sequence[float]) -> float:
+    """The cost of the largest connected computation on parameters."""
+    root: dict[Var, Var] = {}
+
+    def find(v: Var) -> Var:
+        while root[v] is not v:
+            root[v] = root[root[v]]
+            v = root[v]
+        return v
+
+    total: dict[Var, float] = {}
+    for eqn, side, cost in zip(graph.eqns, found, costs, strict=True):
+        if side is not Side.PARAMETER:
+            continue
+        reads = {find(v) for v in eqn.invars if is_var(v) and v in root}
+        top = eqn.outvars[0]
+        root.update((v, top) for v in (*eqn.outvars, *reads))
+        total[top] = cost + sum(total.pop(v) for v in reads)
+    return max(total.values(), default=0.0)
 
 
 def _propagate(graph: Graph, parameters: Collection[Var]) -> list[Side]:
