@@ -7,8 +7,9 @@
 `orthogonal` is the polar factor Q of raw = Q P, found by Newton-Schulz iterations,
 which are matrix products alone (Higham, "Functions of Matrices", 2008, chapter 8). Its
 derivative is exact, not that of the iteration: dQ = Q W + (I - Q Q^T) d P^-1 with the
-skew W that solves P W + W P = Q^T d - d^T Q (ibid.), by conjugate gradients. All
-of it is on the parameter side: n^3 a matrix, nothing per sample. Limits: a matrix that is rank-deficient has no nearest one, and no derivative.
+skew W that solves P W + W P = Q^T d - d^T Q (ibid.), by conjugate gradients. All of it
+is on the parameter side: n^3 a matrix, nothing per sample. Limits: a matrix that is
+rank-deficient has no nearest one, and no derivative.
 """
 
 from __future__ import annotations
