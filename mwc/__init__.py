@@ -10,6 +10,7 @@ from mwc._coisometric import coisometric
 from mwc._compile import Compiled, moonwalk_compile
 from mwc._drift import Drift
 from mwc._trace import MoonwalkConcretizationError, MoonwalkTracerError
+from mwc._vijp import custom_vijp, register_vijp
 from mwc.errors import (
     MoonwalkDriftError,
     MoonwalkError,
@@ -18,7 +19,7 @@ from mwc.errors import (
     MoonwalkUnsupportedError,
     MoonwalkValueError,
 )
-from passes import _jax
+from passes import _jax, graph
 
 __all__ = [
     "CheckReport",
@@ -34,9 +35,11 @@ __all__ = [
     "MoonwalkValueError",
     "coisometric",
     "constraints",
+    "custom_vijp",
     "moonwalk_compile",
+    "register_vijp",
 ]
 
 # Tracebacks and source lines show the user's frames, not ours.
-for _path in (__file__, _jax.__file__):
+for _path in (__file__, graph.__file__):
     _jax.exclude_frames(os.path.dirname(os.path.abspath(_path)) + os.sep)

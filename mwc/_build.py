@@ -27,6 +27,7 @@ from passes.graph import Graph, Var, is_var, nbytes
 from passes.inline import inline
 from passes.linearise import Linear, linearise
 from passes.residuals import narrowest, packed_bytes
+from passes.vijps import marked
 
 _SMALL = 1 / 8  # of the bytes of the stage's state: what counts as bits
 _FREE = 0.1  # of a loop body's matrix products: what a leaf may run again
@@ -66,7 +67,7 @@ class Builder:
         eqn = graph.eqns[0]
         if _jax.opened(eqn.params["jaxpr"])[1]:
             return None
-        body = inline(eqn.params["jaxpr"])
+        body = marked(inline(eqn.params["jaxpr"]))
         consts, carries = _jax.scan_layout(eqn)
         carry = body.invars[consts : consts + carries]
         pairs = zip(body.invars, self.moving(eqn, body), strict=True)

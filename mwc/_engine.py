@@ -23,6 +23,7 @@ from mwc.stages import DRIFT
 from passes import _jax
 from passes.graph import Var, is_var, read
 from passes.inline import inline
+from passes.vijps import marked
 
 Array = Any
 
@@ -38,7 +39,7 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     Returns:
       The program with its plan.
     """
-    graph = inline(jaxpr)
+    graph = marked(inline(jaxpr))
     parameters = [
         v for v, r in zip(graph.invars, roles, strict=True) if r == "parameter"
     ]

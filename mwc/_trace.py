@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mwc.errors import MoonwalkError, MoonwalkTypeError, MoonwalkValueError
-from passes import _jax
+from passes import graph
 
 # A Python bool is static: modules keep modes in them, and branch on them.
 _ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex)
@@ -258,7 +258,7 @@ def unescaped(signature: Signature) -> Iterator[None]:
 
 _OURS = tuple(
     os.path.dirname(os.path.abspath(path)) + os.sep
-    for path in (__file__, _jax.__file__, jax.__file__)
+    for path in (__file__, graph.__file__, jax.__file__)
 )
 
 

@@ -2,8 +2,10 @@
 
 A traced program shows shapes, not values. `mwc_declared` is an identity that says more:
 
-- around a map, `side` "in" and "out": affine and coisometric, J J^T = scale I. It is
-  linear, so the derivative has it too, with the sides in reverse order;
+- around a map, `side` "in" and "out": affine and coisometric, J J^T = scale I, or a
+  map with a `rule` that inverts its derivative. It is linear, so the derivative has it
+  too, with the sides in reverse order, and with it what the rule reads: its further
+  operands are residuals like others;
 - on a weight: it is orthonormal over two of its axes, or unit triangular with a bounded
   condition. Its derivative is the plain identity.
 
@@ -14,16 +16,50 @@ claim; whoever builds on it checks its results.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
 
 from passes import _jax
 from passes.graph import Graph, Var, is_var
 
+Lanes = tuple[tuple[int | None, ...], ...]
+
+
+def _moved(params: dict[str, Any], dims: Sequence[int | None]) -> dict[str, Any]:
+    axis = dims[0]
+    assert axis is not None
+    if params["side"]:
+        return {"lanes": (*params["lanes"], tuple(dims))}
+    return {"axes": tuple(a + (a >= axis) for a in params["axes"])}
+
+
 declared_p = _jax.identity_primitive(
-    "mwc_declared",
-    linear=lambda params: params["side"] != "",
-    moved=lambda params, axis: {"axes": tuple(a + (a >= axis) for a in params["axes"])},
+    "mwc_declared", linear=lambda params: params["side"] != "", moved=_moved
 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vijp:
+    """How to invert the derivative of a map.
+
+    Attributes:
+      fun: h_out from (residuals, a list of arrays; h_in).
+      verdict: "structural" or "generic".
+      name: of the map, for messages.
+    """
+
+    fun: Callable[[list[Any], Any], Any]
+    verdict: str
+    name: str
+
+    def over(self, inside: Lanes, outside: Lanes) -> Callable[[list[Any], Any], Any]:
+        """`fun` under the levels of `vmap` that the two ends of the map have seen."""
+        found = self.fun
+        for (x, *_), (y, *rest) in zip(inside, outside, strict=True):
+            found = jax.vmap(found, in_axes=(list(rest), x), out_axes=y)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +90,13 @@ def declare(
     scale: float = 1.0,
     amplification: float = 1.0,
     lower: bool = False,
+    rule: Vijp | None = None,
+    residuals: Sequence[Any] = (),
 ) -> Any:
     """The value itself, with what is known of it; see the module docstring."""
     params = {"what": what, "side": side, "axes": axes, "scale": scale}
-    more = {"amplification": amplification, "lower": lower}
-    return declared_p.bind(x, **params, **more)
+    more = {"amplification": amplification, "lower": lower, "rule": rule, "lanes": ()}
+    return declared_p.bind(x, *residuals, **params, **more)
 
 
 def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]:

@@ -3,12 +3,13 @@
 A stage's backward is a linear program from one cotangent to the other. It is cut where
 a single value passes on (*links*), and each link is inverted by itself, the last one
 first. Only the linear program is looked at, never the primal one: `stop_gradient` and
-custom rules are what JAX made of them. Three ways to invert a link P, a linear map
+custom rules are what JAX made of them. Ways to invert a link P, a linear map
 h_out -> h_in whose transpose is the pushforward J:
 
 - TRANSPOSE: P^T P = c I (*coisometric*): h_out = J(h_in) / c;
 - DIVIDE: P is diagonal: h_out = h_in / P(1);
-- TRIANGULAR: P multiplies by a unit triangular matrix: a triangular solve.
+- TRIANGULAR: P multiplies by a unit triangular matrix: a triangular solve;
+- CUSTOM: the user's own rule.
 
 That a link is one of these is read off a table (reshapes, padding, sums), told by the
 user (`passes.declared`), or found by running it once on random values
@@ -51,6 +52,7 @@ class Rule(enum.Enum):
     TRANSPOSE = "transpose"
     DIVIDE = "divide"
     TRIANGULAR = "triangular"
+    CUSTOM = "custom"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,9 +237,13 @@ def _judge(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse:
     name = _name(link)
     head = link.eqns[0]
     if head.primitive is declared_p and head.params["side"] == "out":
-        scale = head.params["scale"]
-        why = "declared coisometric"
-        return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
+        rule, tail = head.params["rule"], link.eqns[-1]
+        if rule is None:
+            scale, why = head.params["scale"], "declared coisometric"
+            return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
+        if len(tail.params.get("lanes", ())) == len(head.params["lanes"]):
+            why = f"{rule.name} has a rule of its own"
+            return found(Verdict(rule.verdict), why, Rule.CUSTOM, 1.0, 1.0)
     if narrow > wide:
         return found(Verdict.NEVER, f"{name} widens: {wide} numbers to {narrow}")
     if len(link.eqns) == 1:

@@ -24,7 +24,7 @@ from jax import lax
 
 from mwc.stages import Straight, Values
 from passes import _jax
-from passes.graph import Graph, Var, evaluate
+from passes.graph import Graph, Var, evaluate, read
 from passes.submersion import Inverse, Rule, Submersion
 
 Array = Any
@@ -58,10 +58,10 @@ class Rebuilt:
         """
         bwd = self.stage.linear.bwd
         links = [inverse.link for inverse in self.found.inverses]
-        read: set[Var] = set()
+        need: set[Var] = set()
         for link in links:
-            read |= bwd.inputs_of([link.target], [link.source]) - {link.source}
-        env = self.stage.residuals(values, bits, False, read)
+            need |= bwd.inputs_of([link.target], [link.source]) - {link.source}
+        env = self.stage.residuals(values, bits, False, need)
         known = {self._target: h_in}
         for inverse in reversed(self.found.inverses):
             link = inverse.link
@@ -121,6 +121,10 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
         return found if inverse.scale == 1 else found / inverse.scale
     if inverse.rule is Rule.DIVIDE:
         return h / pull(zeros + 1)
+    if inverse.rule is Rule.CUSTOM:
+        head, tail = inverse.link.eqns[0], inverse.link.eqns[-1]
+        rule = head.params["rule"].over(tail.params["lanes"], head.params["lanes"])
+        return rule([read(env, v) for v in head.invars[1:]], h)
     assert inverse.rule is Rule.TRIANGULAR, inverse.reason
     return _solve(inverse, env, h)
 

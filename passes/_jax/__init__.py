@@ -1,4 +1,4 @@
-"""The only module that touches what JAX does not promise.
+"""The only package that touches what JAX does not promise.
 
 Every other module of `passes` and `mwc` reads jaxprs through the names defined
 here. Each helper says which versions differ; `tests/test_jax_contracts` pins them.
@@ -6,15 +6,14 @@ here. Each helper says which versions differ; `tests/test_jax_contracts` pins th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax._src import config, debugging, effects
 from jax._src.ad_util import Zero
 from jax._src.core import AbstractValue, InternalMutableArrayEffect
-from jax._src.interpreters import ad, batching, mlir
+from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
 from jax._src.state.discharge import discharge_state
@@ -22,7 +21,11 @@ from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
-__all__ = ["AbstractValue", "Literal", "Var", "Zero"]  # re-exported; helpers follow
+from passes._jax.rules import identity_primitive, new_primitive, register_rules
+
+# Re-exported; helpers follow.
+__all__ = ["AbstractValue", "Literal", "Var", "Zero"]
+__all__ += ["identity_primitive", "new_primitive", "register_rules"]
 
 Eqn = Any
 Jaxpr = Any
@@ -282,77 +285,6 @@ def match_aval(value: Any, aval: Any) -> Any:
 
 def _varying(aval: Any) -> frozenset[Any]:
     return frozenset(getattr(getattr(aval, "mat", None), "varying", ()))
-
-
-def new_primitive(name: str) -> Any:
-    """A primitive with several results and no rules yet."""
-    primitive = core.Primitive(name)
-    primitive.multiple_results = True
-    return primitive
-
-
-def register_rules(
-    primitive: Any,
-    *,
-    run: Callable[..., list[Any]],
-    avals: Callable[..., tuple[list[Any], Any]],
-    emit: Callable[..., list[Any]],
-    jvp: Callable[..., Any],
-    batch: Callable[..., Any],
-    dce: Callable[..., Any] | None = None,
-    transpose: Callable[..., list[Any]] | None = None,
-) -> None:
-    """Enters a primitive in all of JAX's rule tables.
-
-    `run` evaluates it on arrays, `avals` gives output avals and effects, `emit` is the
-    traceable function that it is lowered as. `batch` is a "fancy" batching rule, given
-    the primitive first, and called for every `vmap` around, mapped or not. `dce` is
-    called with (used outputs, equation). `transpose` is None where the primitive is
-    not linear.
-    """
-    primitive.def_impl(run)
-    primitive.def_effectful_abstract_eval(avals)
-    mlir.register_lowering(primitive, mlir.lower_fun(emit, multiple_results=True))
-    # Where a jaxpr holds primitives of user-defined types, the emitted code takes
-    # this primitive's place, and theirs are lowered in it.
-    primitive.to_lojax = emit
-    ad.primitive_jvps[primitive] = jvp
-    batching.fancy_primitive_batchers[primitive] = partial(batch, primitive)
-    if transpose is not None:
-        ad.primitive_transposes[primitive] = transpose
-    if dce is not None:
-        pe.dce_rules[primitive] = lambda used, *rest: dce(used, rest[-1])
-
-
-def identity_primitive(
-    name: str,
-    linear: Callable[[dict[str, Any]], bool],
-    moved: Callable[[dict[str, Any], int], dict[str, Any]],
-) -> Any:
-    """A primitive that returns its operand, for what its parameters say.
-
-    `linear` tells from them whether tangents pass through it too, `moved` gives those
-    that change when an axis is put in at a place.
-    """
-    primitive = core.Primitive(name)
-    primitive.def_impl(lambda x, **params: x)
-    primitive.def_abstract_eval(lambda x, **params: x)
-    mlir.register_lowering(primitive, lambda _, x, **params: [x])
-
-    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-        (x,), (t,) = primals, tangents
-        passes = linear(params) and not isinstance(t, Zero)
-        return primitive.bind(x, **params), primitive.bind(t, **params) if passes else t
-
-    def batch(values: Any, dims: Any, **params: Any) -> Any:
-        return primitive.bind(values[0], **params | moved(params, dims[0])), dims[0]
-
-    ad.primitive_jvps[primitive] = jvp
-    ad.primitive_transposes[primitive] = lambda ct, x, **params: [
-        ct if isinstance(ct, Zero) else primitive.bind(ct, **params)
-    ]
-    batching.primitive_batchers[primitive] = batch
-    return primitive
 
 
 is_undefined = ad.is_undefined_primal
