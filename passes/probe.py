@@ -12,7 +12,9 @@ that satisfies one by chance has probability zero). Residuals come from running 
 stage's own forward on random inputs, which meets every branch of a kink many times.
 What is found is *steady* if it rests on nothing but constants and on which branch was
 taken, so that it holds for every parameter and every input; slopes that depend on
-values do not. Source: Schwartz-Zippel, as in Freivalds' check of matrix products.
+values do not. Where every operation is elementwise, a few thousand independent elements
+stand for the whole array. Source: Schwartz-Zippel, as in Freivalds' check of matrix
+products.
 Limits: branches that random inputs never take are not seen; whoever rebuilds with what
 was found checks the result.
 """
@@ -22,19 +24,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from passes import _jax
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, evaluate, is_var, nbytes
+from passes.graph import Graph, Var, evaluate, is_var, nbytes, read
 from passes.linearise import Linear
+from passes.table import ELEMENTWISE
 
 _MOST_BYTES = 2**28  # of the values that a probe makes
 _MOST_FLOPS = 2e10
+_POINTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,57 +82,58 @@ def probe(
     atoms = [r for r, _ in need]
     todo = [*(fwd.eqns[i] for i in fwd.needed(atoms)), *eqns]
     inputs = [v for v in fwd.inputs_of(atoms) if v not in linear.consts]
+    points = all(map(_is_pointwise, todo)) and _keeps_shape(eqns, source)
     bytes_ = sum(nbytes(v) for e in todo for v in e.outvars) + sum(map(nbytes, inputs))
     work = sum(eqn_flops(e).total for e in todo)
-    if bytes_ > _MOST_BYTES or work > _MOST_FLOPS or any(e.effects for e in todo):
+    large = not points and (bytes_ > _MOST_BYTES or work > _MOST_FLOPS)
+    if large or any(e.effects for e in todo):
         return None
+    run_graph = _at_points if points else evaluate
 
     def run(made: list[Any], h: Any) -> tuple[Any, ...]:
         env = {**linear.consts, **dict(zip(inputs, made, strict=True))}
-        values = evaluate(fwd, env, atoms)
-        back = {
-            **linear.consts,
-            **{v: x for (_, v), x in zip(need, values, strict=True)},
-        }
-
-        def pull(ct: Any) -> Any:
-            return evaluate(bwd, {**back, source: ct}, [target])[0]
-
-        out, push = jax.vjp(pull, h)
-        again = push(out)[0]
-        ones = pull(jnp.ones_like(h))
-        scale = jnp.vdot(h, again).real / jnp.vdot(h, h).real
-        lost = jnp.max(jnp.abs(again - scale * h)) / jnp.max(jnp.abs(h))
-        if ones.shape != h.shape:
-            return scale, lost, jnp.inf, 0.0, 0.0, 0.0
-        apart = jnp.max(jnp.abs(out - ones * h)) / jnp.maximum(
-            jnp.max(jnp.abs(out)), 1e-30
-        )
-        square = jnp.abs(ones) ** 2
-        return (
-            scale,
-            lost,
-            apart,
-            jnp.mean(square),
-            jnp.mean(1 / square),
-            jnp.min(square),
+        values = run_graph(fwd, env, atoms)
+        given = dict(zip((v for _, v in need), values, strict=True))
+        back = {**linear.consts, **given}
+        return _looked_at(
+            lambda ct: run_graph(bwd, {**back, source: ct}, [target])[0], h
         )
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
     with jax.ensure_compile_time_eval():
-        made = [_random(rng, v.aval) for v in inputs]
-        h = _random(rng, source.aval)
-        seen = [float(x) for x in jax.jit(run)(made, h)]
-    scale, lost, apart, square, inverse, least = seen
-    eps = float(jnp.finfo(source.aval.dtype).eps)
-    fine = max(64 * eps, 1e-12)
-    diagonal = apart <= fine
-    known = lost <= fine and scale > 0
-    if known:
-        scale = _rounded(scale)
-    growth = float(np.sqrt(square * inverse)) if least > 0 else float("inf")
-    steady = _steady(fwd, atoms)
-    return Probed(scale if known else None, diagonal, least == 0, growth, steady)
+        made = [_random(rng, v.aval, points) for v in inputs]
+        h = _random(rng, source.aval, points)
+        # At points each operation is compiled once for all programs; no need for jit.
+        seen = [*(run if points else jax.jit(run))(made, h)]
+        # In double precision: a scale is used again in every stage of a run.
+        long = [np.asarray(x).astype(np.complex128) for x in (h, seen.pop())]
+    lost, apart, square, inverse, least = (float(x) for x in seen)
+    scale = float((np.vdot(*long) / np.vdot(long[0], long[0])).real)
+    close = max(64 * float(jnp.finfo(source.aval.dtype).eps), 1e-12)
+    known = lost <= close and scale > 0
+    return Probed(
+        scale=_rounded(scale) if known else None,
+        diagonal=apart <= close,
+        zeros=least == 0,
+        amplification=float(np.sqrt(square * inverse)) if least > 0 else float("inf"),
+        steady=_steady(fwd, atoms),
+    )
+
+
+def _looked_at(pull: Callable[[Any], Any], h: Any) -> tuple[Any, ...]:
+    """What J P h misses of c h, what P h misses of P(1) h, moments of P(1), J P h."""
+    out, push = jax.vjp(pull, h)
+    again = push(out)[0]
+    ones = pull(jnp.ones_like(h))
+    scale = jnp.vdot(h, again).real / jnp.vdot(h, h).real
+    lost = jnp.max(jnp.abs(again - scale * h)) / jnp.max(jnp.abs(h))
+    if ones.shape != h.shape:
+        return lost, jnp.inf, 0.0, 0.0, 0.0, again
+    largest = jnp.maximum(jnp.max(jnp.abs(out)), jnp.finfo(out.dtype).tiny)
+    apart = jnp.max(jnp.abs(out - ones * h)) / largest
+    square = jnp.abs(ones) ** 2
+    inverse = jnp.mean(1 / square)
+    return lost, apart, jnp.mean(square), inverse, jnp.min(square), again
 
 
 def _rounded(scale: float) -> float:
@@ -151,8 +157,54 @@ def _steady(fwd: Graph, atoms: Sequence[Any]) -> bool:
     return not any(v in {*fwd.invars} for v in left)
 
 
-def _random(rng: np.random.Generator, aval: Any) -> Any:
+def _is_pointwise(eqn: Any) -> bool:
+    """Whether an equation does the same at every element, or spreads a value."""
+    name = eqn.primitive.name
+    if name == "broadcast_in_dim":
+        return True
+    same = all(_rank(v) in (0, len(eqn.outvars[0].aval.shape)) for v in eqn.invars)
+    return name in ELEMENTWISE - {"custom_jvp_call", "bitcast_convert_type"} and same
+
+
+def _keeps_shape(eqns: Sequence[Any], source: Var) -> bool:
+    """Whether a stretch takes its cotangent from element to element."""
+    path = {source}
+    for eqn in eqns:
+        if any(is_var(v) and v in path for v in eqn.invars):
+            path.update(eqn.outvars)
+    return all(v.aval.shape == source.aval.shape for v in path)
+
+
+def _rank(atom: Any) -> int:
+    return len(atom.aval.shape)
+
+
+def _at_points(graph: Graph, env: dict[Var, Any], outputs: Sequence[Any]) -> list[Any]:
+    """`evaluate` with every array replaced by a vector of independent elements."""
+    env = {v: _spread(x) if _rank(v) else x for v, x in env.items()}
+    for i in graph.needed(outputs, env):
+        eqn = graph.eqns[i]
+        values = [read(env, v) for v in eqn.invars]
+        if eqn.primitive.name == "broadcast_in_dim":
+            outs = [_spread(values[0])]
+        else:
+            values = [
+                _spread(x) if _rank(v) else x
+                for v, x in zip(eqn.invars, values, strict=True)
+            ]
+            outs = _jax.bind(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(env, v) for v in outputs]
+
+
+def _spread(x: Any) -> Any:
+    return x if jnp.ndim(x) == 1 else jnp.broadcast_to(jnp.ravel(x)[:1], (_POINTS,))
+
+
+def _random(rng: np.random.Generator, aval: Any, points: bool = False) -> Any:
     shape, dtype = aval.shape, aval.dtype
+    if points and shape:
+        shape = (_POINTS,)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         keys = jax.random.split(jax.random.key(0), max(1, math.prod(shape)))
         return keys.reshape(shape)
