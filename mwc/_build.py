@@ -26,6 +26,7 @@ from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.inline import inline
 from passes.linearise import Linear, linearise
+from passes.order import parameters_first
 from passes.residuals import narrowest, packed_bytes
 from passes.vijps import marked
 
@@ -148,6 +149,8 @@ def _kind(graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...]) -> _K
     names = [v for v, s in zip(fwd.invars, state, strict=True) if s]
     moving = [s for s, a in zip(state, active, strict=True) if a]
     to_state = [ct for ct, s in zip(bwd.outvars, moving, strict=True) if s]
+    bwd, waits = parameters_first(bwd, linear.ct_inputs, to_state, matrix_cost)
+    linear = dataclasses.replace(linear, bwd=bwd, waits=waits)
     bits = narrowest(
         fwd, residuals_of(linear, to_state), names, matrix_cost, at_hand=True
     )

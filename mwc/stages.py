@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mwc import packing
+from mwc._tie import barrier
 from passes import _jax
 from passes.graph import Graph, Var, evaluate, is_var
 from passes.linearise import Linear
@@ -179,7 +180,15 @@ class Straight:
                 aval = ct.aval
                 zeros = _jax.zeros(aval.shape, aval.dtype, aval)
                 back[ct] = zeros if given is None else given
-        grads = evaluate(linear.bwd, back, outs)
+
+        def before(i: int) -> None:
+            wait = linear.waits.get(i)
+            done = [v for v in wait.done if v in back] if wait else []
+            if wait and done:
+                held = [*done, *wait.reads]
+                back.update(zip(held, barrier([back[v] for v in held]), strict=True))
+
+        grads = evaluate(linear.bwd, back, outs, before=before)
         return dict(zip((v for v, _ in chosen), grads, strict=True))
 
     def residuals(

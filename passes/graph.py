@@ -94,7 +94,7 @@ def evaluate(
     env: dict[Var, Any],
     outputs: Sequence[Atom],
     effects: bool = False,
-    hook: Callable[[Eqn, list[Any]], list[Any]] | None = None,
+    before: Callable[[int], None] | None = None,
 ) -> list[Any]:
     """Runs what `outputs` need, from the values in `env`, which it extends.
 
@@ -103,7 +103,8 @@ def evaluate(
       env: values of variables; whatever is in it is not computed again.
       outputs: the atoms asked for.
       effects: also run equations that have effects, in order.
-      hook: replaces the results of an equation, e.g. to pin them.
+      before: called with the index of each equation that is run, before it is; it
+        may replace values in `env`.
 
     Returns:
       The values of `outputs`.
@@ -115,9 +116,9 @@ def evaluate(
         needed = sorted({*needed, *loud, *graph.needed(asked, env)})
     for i in needed:
         eqn = graph.eqns[i]
+        if before is not None:
+            before(i)
         results = _jax.bind(eqn, [read(env, v) for v in eqn.invars])
-        if hook is not None:
-            results = hook(eqn, results)
         for var, value in zip(eqn.outvars, results, strict=True):
             if not _jax.is_drop(var):
                 env.setdefault(var, value)

@@ -14,6 +14,7 @@ cookbook"). Limits: reverse-mode must exist for what is inside, as for `jax.vjp`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from passes import _jax
 from passes.compare import few_masks
 from passes.graph import Graph, Var, evaluate
 from passes.inline import inline
+from passes.order import Wait
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Linear:
       active: one flag an input of `fwd`: whether `bwd` gives its cotangent.
       inexact: one flag a result of the stage: whether `bwd` takes its cotangent.
       consts: values of the graphs' constant variables.
+      waits: what equations of `bwd` wait for, by index.
     """
 
     fwd: Graph
@@ -45,6 +48,7 @@ class Linear:
     active: tuple[bool, ...]
     inexact: tuple[bool, ...]
     consts: dict[Var, Any]
+    waits: Mapping[int, Wait] = dataclasses.field(default_factory=dict)
 
     @property
     def outs(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -215,18 +215,23 @@ class _Sweep:
         stages = self._node.stages[start:stop]
         read = dict.fromkeys(v for s in stages for v in s.graph.invars)
         own = [v for v in read if v in state]
-        given = [v for v in read if v in self._values and v not in state]
         fresh = dict(state)
         if own:
             held = tie([state[v] for v in own], self._token)
             fresh.update(zip(own, held, strict=True))
-            token = [] if self._token is None else [self._token]
-            held = barrier([*(self._values[v] for v in given), *token])
-            fresh.update(zip(given, held, strict=False))
+            fresh |= self._given(read, state)
         else:
+            given = [v for v in read if v in self._values]
             held = tie([self._values[v] for v in given], self._token)
             fresh.update(zip(given, held, strict=True))
         return {**self._values, **fresh}
+
+    def _given(self, read: Iterable[Var], state: Values) -> Values:
+        """The program's own inputs that are read; not before the cotangent is."""
+        given = [v for v in read if v in self._values and v not in state]
+        token = [] if self._token is None else [self._token]
+        held = barrier([*(self._values[v] for v in given), *token])
+        return dict(zip(given, held, strict=False))
 
     def _advance(self, state: Values, start: int, stop: int) -> Values:
         values = self._tied(state, start, stop)
@@ -257,7 +262,8 @@ class _Sweep:
             self.reverse(at.rest, after, first)
         if self._due(i):
             again = tie([*held.values(), *saved], self._token)
-            values = {**self._values, **dict(zip(held, again, strict=False))}
+            given = self._given(stage.graph.invars, held)
+            values = self._values | given | dict(zip(held, again, strict=False))
             self._pull(i, values, again[len(held) :], stored=True)
 
     def _pull(

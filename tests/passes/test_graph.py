@@ -39,17 +39,16 @@ def test_evaluation_is_lazy_and_extends_the_environment():
     (a,), (b,), (c,) = (e.outvars for e in graph.eqns)
     seen = []
 
-    def hook(eqn, results):
-        seen.append(eqn.primitive.name)
-        return results
+    def before(i):
+        seen.append(graph.eqns[i].primitive.name)
 
     env = {b: jnp.zeros((2, 5))}
-    (found,) = evaluate(graph, env, [c], hook=hook)
+    (found,) = evaluate(graph, env, [c], before=before)
     assert seen == ["cos"]
     np.testing.assert_array_equal(found, np.ones((2, 5)))
     assert set(env) == {b, c}
     env = dict(zip(graph.invars, ARGS, strict=True))
-    evaluate(graph, env, [a], hook=hook)
+    evaluate(graph, env, [a], before=before)
     assert seen == ["cos", "sin"]
 
 
