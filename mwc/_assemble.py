@@ -51,7 +51,7 @@ class Assembly:
         cut = chain(graph, sides(graph, parameters), self._pinned)
         self._crossing = tuple(p.crossing for p in cut.pieces)
         outside = {*graph.invars, *cut.prologue.outvars}
-        self._builder = Builder(outside, self.tangents)
+        self._builder = Builder(outside, self.tangents, graph)
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._bodies: dict[int, Assembly] = {}

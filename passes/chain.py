@@ -24,6 +24,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes.alike import subchains
 from passes.depend import Side, last_reads
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
@@ -31,7 +32,8 @@ from passes.graph import Graph, Var, is_var, nbytes
 _LIGHT = 24  # light equations in one stage, at most about twice this many
 _STEPS = 4  # shorter loops are one equation like others
 _MANY, _FEW = 256, 64  # stages of a chain, of equal and of unlike ones
-_KINDS = 32  # sizes of stages up to which a chain counts as one of equal ones
+_KINDS = 32  # sizes of stages up to which a chain counts as one of equal ones, and
+_UNLIKE = 2**14  # unlike stretches of them: the schedule solves each by itself
 _SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy, or
 _SIZE = 1 / 100  # of the arithmetic of the heaviest one
 
@@ -109,12 +111,25 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
         lead = range(1, heavy[0] + 1)
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
     cuts = _split_long(sorted(set(cuts)), count, widths)
-    sizes = {
+    most = _MANY if len(set(_sizes(cuts, count, costs, widths))) <= _KINDS else _FEW
+    kept = _thinned(cuts, widths, most)
+    while most > _FEW and len(kept) > _FEW:
+        stretches = subchains(_sizes(kept, count, costs, widths))[1]
+        if len(stretches) <= _UNLIKE:
+            break
+        most //= 2
+        kept = _thinned(cuts, widths, most)
+    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+
+
+def _sizes(
+    cuts: list[int], count: int, costs: list[int], widths: list[int]
+) -> list[tuple[int, int, int]]:
+    """What tells the stages between cuts apart, roughly."""
+    return [
         (costs[a:b].count(0), sum(costs[a:b]), widths[a])
         for a, b in zip([0, *cuts], [*cuts, count], strict=True)
-    }
-    kept = _thinned(cuts, widths, _MANY if len(sizes) <= _KINDS else _FEW)
-    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+    ]
 
 
 def _thinned(cuts: list[int], widths: list[int], most: int) -> list[int]:

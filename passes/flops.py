@@ -78,6 +78,11 @@ def eqn_flops(eqn: Any, expand: Expand | None = None) -> Flops:
     return _Counter(expand).eqn(eqn)
 
 
+def is_product(eqn: Any) -> bool:
+    """Whether an equation is a matrix product, a convolution or a factorisation."""
+    return eqn.primitive.name in _MATRIX
+
+
 class _Counter:
     """One count; a jaxpr that is called many times is counted once."""
 
@@ -138,6 +143,8 @@ def _sub_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _sub_jaxprs(value)
+        elif isinstance(value, str | int | float | type(None)):
+            continue  # most parameters: many equations are counted
         elif hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
             yield value
 
@@ -154,7 +161,7 @@ def _size(var: Any) -> int:
 
 
 def _complex_factor(eqn: Any) -> int:
-    return 4 if np.issubdtype(_dtype(eqn.outvars[0]), np.complexfloating) else 1
+    return 4 if _dtype(eqn.outvars[0]).kind == "c" else 1
 
 
 def _dtype(var: Any) -> Any:

@@ -14,6 +14,7 @@ cookbook"). Limits: reverse-mode must exist for what is inside, as for `jax.vjp`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,12 +74,17 @@ def is_inexact(atom: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, np.inexact)
 
 
-def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
+def linearise(
+    graph: Graph,
+    active: tuple[bool, ...],
+    run: Callable[..., list[Any]] = evaluate,
+) -> Linear:
     """Traces JAX's derivative of a graph.
 
     Args:
       graph: the stage; its effects are left out of both results.
       active: the inputs, all inexact, whose cotangents `bwd` shall give.
+      run: runs the graph, as `evaluate` does.
 
     Returns:
       The two graphs.
@@ -92,7 +98,7 @@ def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
             pairs = zip(active, args, strict=True)
             values = [next(given) if a else x for a, x in pairs]
             env = dict(zip(graph.invars, values, strict=True))
-            return evaluate(graph, env, graph.outvars)
+            return run(graph, env, graph.outvars)
 
         primals = [x for a, x in zip(active, args, strict=True) if a]
         outs, pull = jax.vjp(fun, *primals)

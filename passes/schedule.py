@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from passes.alike import subchains
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -155,27 +157,13 @@ class _Chain:
 
     def __init__(self, stages: Sequence[Costs]):
         self.stages, count = stages, len(stages)
-        known: dict[Any, int] = {}
         # Births are compared by distance, so that equal blocks look equal.
         look = [
             (*dataclasses.astuple(s)[:-1], tuple((b, e - i) for b, e in s.born))
             for i, s in enumerate(stages)
         ]
-        ids = [known.setdefault(key, len(known)) for key in look]
+        self.alike, self.first = subchains(look)
         self.run = np.concatenate([[0.0], np.cumsum([s.forward for s in stages])])
-        self.alike = np.zeros((count + 1, count + 1), np.int64)
-        self.first: list[tuple[int, int]] = []
-        found: dict[tuple[int, int], int] = {}
-        rests = [-1] * count  # the class of [i + 1, j)
-        for length in range(1, count + 1):
-            for i in range(count - length + 1):
-                key = ids[i], rests[i]
-                if key not in found:
-                    found[key] = len(found)
-                    self.first.append((i, i + length))
-                rests[i] = found[key]
-                self.alike[i, i + length] = found[key]
-            rests = rests[1:]
         self.held = np.zeros((count, count + 1), np.int64)
         for b, stage in enumerate(stages):
             for size, last in stage.born:
@@ -192,38 +180,37 @@ class _Table:
         self._holds = np.ceil(chain.held / unit).astype(np.int64)
         self._solved = _Rows(len(chain.first), levels)
         for row, (i, j) in enumerate(chain.first):
-            self._solved.fill(row, self._options(i, j).min(axis=0))
+            self._solved.fill(row, _least(self._options(i, j)))
         # The first pass runs every stage, and may not store where it must not.
         self._spine = _Rows(self.count, levels)
         for i in reversed(range(self.count)):
-            self._spine.fill(i, self._options(i, self.count, first=True).min(axis=0))
+            self._spine.fill(i, _least(self._options(i, self.count, first=True)))
         self.costs = self._spine.at([0], np.array([0]))[0]
 
     def _levels(self, size: int) -> int:
         return math.ceil(size / self.unit)
 
-    def _options(self, i: int, j: int, first: bool = False) -> np.ndarray:
-        """Costs of the choices [leaf, store, split at i+1, ...] of [i, j) by level."""
+    def _options(self, i: int, j: int, first: bool = False) -> list[np.ndarray]:
+        """Costs by level of the choices for [i, j): [leaf], [store], [split, ...]."""
         stage, chain, levels = self.stages[i], self._chain, np.arange(self.levels)
         middles = np.arange(i + 1, j)
         rest = middles if first else chain.alike[i + 1 : j, j]
         right = self._spine if first else self._solved
-        options = np.full((2 + len(middles), self.levels), np.inf)
-        local = levels >= self._levels(stage.local)
+        local, kept = self._levels(stage.local), self._levels(stage.kept)
+        leaf, store = np.full((2, 1, self.levels), np.inf)
         if j == i + 1:
-            options[0, local] = stage.leaf + (stage.forward if first else 0.0)
-        kept = self._levels(stage.kept)
+            leaf[:, local:] = stage.leaf + (stage.forward if first else 0.0)
         if self._store_first or not first:
             after = np.where(levels < kept, np.inf, 0.0)
             if len(middles):
                 after = right.at(rest[:1], kept + self._holds[i, middles[:1]])[0]
-            options[1, local] = (stage.store + after)[local]
-        if len(middles):
-            splits = options[2:]
-            splits[:] = right.at(rest, self._holds[i, middles])
-            splits += self._solved.at(chain.alike[i, middles], 0 * middles)
-            splits += (chain.run[middles] - chain.run[i])[:, None]
-        return options
+            store[:, local:] = stage.store + after[local:]
+        if not len(middles):
+            return [leaf, store]
+        splits = right.at(rest, self._holds[i, middles])
+        splits += self._solved.at(chain.alike[i, middles], 0 * middles)
+        splits += (chain.run[middles] - chain.run[i])[:, None]
+        return [leaf, store, splits]
 
     def least(self, limit: float) -> int | None:
         """The lowest level whose cost is within the limit."""
@@ -242,7 +229,8 @@ class _Table:
         # Which choice was the cheapest is asked so seldom that it is found again, for
         # the sub-chain that the costs are of: others may differ in rounding.
         a, b = (i, j) if first else self._chain.first[self._chain.alike[i, j]]
-        pick = int(self._options(a, b, first)[:, level].argmin())
+        options = self._options(a, b, first)
+        pick = int(np.concatenate([o[:, level] for o in options]).argmin())
         if pick == 0:
             return Leaf(i)
         if pick == 1:
@@ -255,6 +243,11 @@ class _Table:
         k = i + pick - 1
         right = self._build(k, j, level - int(self._holds[i, k]), first)
         return Split(i, k, right, self._build(i, k, level))
+
+
+def _least(options: list[np.ndarray]) -> np.ndarray:
+    """The least cost of any choice, by level."""
+    return np.minimum.reduce([o.min(axis=0) for o in options])
 
 
 class _Rows:
