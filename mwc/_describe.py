@@ -39,6 +39,7 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
     notes = _unknown(graph)
     if notes and strict:
         raise MoonwalkUnsupportedError(notes[0], remedy="leave strict=True out")
+    notes += _symbolic(graph)
     stored, names = node.spine
     again = _again(node, decision)
     states = {v: nbytes(v) for v in names}
@@ -195,3 +196,14 @@ def _unknown(graph: Graph) -> tuple[str, ...]:
                 "or add its name to passes/table.py"
             )
     return tuple(found.values())
+
+
+def _symbolic(graph: Graph) -> tuple[str, ...]:
+    sizes = [n for v in graph.invars for n in getattr(v.aval, "shape", ())]
+    names = sorted(set().union(*map(_jax.symbols, sizes)))
+    if not names:
+        return ()
+    return (
+        f"planned and counted as if {', '.join(names)} were {_jax.NOMINAL} each; bools "
+        "are packed along other dimensions only",
+    )

@@ -56,7 +56,7 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     values = list(values)
     if not values:
         return values
-    if token is None or token.size == 0:
+    if token is None or not _jax.has_elements(token.shape):
         return barrier(values)
     *held, token = barrier([*values, token])
     axes = _jax.varying(token)
@@ -64,7 +64,7 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     at = [
         i
         for i, x in enumerate(held)
-        if not _is_key(x) and x.size and axes == _jax.varying(x)
+        if not _is_key(x) and _jax.has_elements(x.shape) and axes == _jax.varying(x)
     ]
 
     def select(token: Array, *chosen: Array) -> list[Array]:

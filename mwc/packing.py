@@ -2,7 +2,8 @@
 
 The axis is the last one that eight divides, so that nothing is padded; without one
 the axis with the least padding. Other axes keep their shape, and with it their
-sharding. Limits: at most seven elements of padding a row.
+sharding. Limits: at most seven elements of padding a row; symbolic dimensions are not
+packed, and a bool that has no other stays as it is.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from passes import _jax
+
 Array = Any
 
 
-def axis_of(shape: tuple[int, ...]) -> int:
-    """The axis that is packed."""
-    waste = [(math.ceil(n / 8) * 8 / max(n, 1), -axis) for axis, n in enumerate(shape)]
-    return -min(waste)[1]
+def axis_of(shape: tuple[Any, ...]) -> int | None:
+    """The axis that is packed, None where there is none."""
+    sizes = [(n, a) for a, n in enumerate(shape) if not _jax.is_symbolic_dim(n)]
+    waste = [(math.ceil(n / 8) * 8 / max(n, 1), -axis) for n, axis in sizes]
+    return -min(waste)[1] if waste and _jax.has_elements(shape) else None
 
 
 def is_packed(x: Any) -> bool:
     """Whether a value (array or aval) is kept as bits."""
-    return str(x.dtype) == "bool" and len(x.shape) > 0 and math.prod(x.shape) > 0
+    return str(x.dtype) == "bool" and axis_of(x.shape) is not None
 
 
 def pack(x: Array) -> Array:

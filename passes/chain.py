@@ -24,6 +24,7 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes import _jax
 from passes.alike import subchains
 from passes.depend import Side, last_reads
 from passes.flops import eqn_flops
@@ -156,8 +157,11 @@ def _split_long(cuts: list[int], count: int, widths: list[int]) -> list[int]:
 
 def is_loop(eqn: Any) -> bool:
     """Whether an equation is a stage of its own that keeps its loop form."""
-    name = eqn.primitive.name
-    return name == "scan" and eqn.params["length"] >= _STEPS and not eqn.effects
+    if eqn.primitive.name != "scan" or eqn.effects:
+        return False
+    # The schedule of a loop is a table, which needs a number of steps.
+    length = eqn.params["length"]
+    return not _jax.is_symbolic_dim(length) and length >= _STEPS
 
 
 def _widths(graph: Graph, state: list[int]) -> list[int]:
