@@ -18,6 +18,7 @@ from passes.depend import reached
 from passes.graph import Graph, Var, is_var, nbytes, size
 from passes.residuals import packed_bytes
 from passes.schedule import Leaf, Schedule, Split, Store
+from passes.sizes import NOMINAL, is_symbolic
 from passes.table import is_unknown
 
 
@@ -200,10 +201,10 @@ def _unknown(graph: Graph) -> tuple[str, ...]:
 
 def _symbolic(graph: Graph) -> tuple[str, ...]:
     sizes = [n for v in graph.invars for n in getattr(v.aval, "shape", ())]
-    names = sorted(set().union(*map(_jax.symbols, sizes)))
+    names = sorted({str(n) for n in sizes if is_symbolic(n)})
     if not names:
         return ()
     return (
-        f"planned and counted as if {', '.join(names)} were {_jax.NOMINAL} each; bools "
-        "are packed along other dimensions only",
+        f"the sizes {', '.join(names)} are planned and counted as if each symbol were "
+        f"{NOMINAL}; bools are packed along other dimensions only",
     )

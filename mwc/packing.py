@@ -13,16 +13,19 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from passes import _jax
+from passes.sizes import is_symbolic
 
 Array = Any
 
 
 def axis_of(shape: tuple[Any, ...]) -> int | None:
     """The axis that is packed, None where there is none."""
-    sizes = [(n, a) for a, n in enumerate(shape) if not _jax.is_symbolic_dim(n)]
-    waste = [(math.ceil(n / 8) * 8 / max(n, 1), -axis) for n, axis in sizes]
-    return -min(waste)[1] if waste and _jax.has_elements(shape) else None
+    sizes = {axis: n for axis, n in enumerate(shape) if not is_symbolic(n)}
+    if not sizes or 0 in sizes.values():
+        return None
+    return min(
+        sizes, key=lambda axis: (math.ceil(sizes[axis] / 8) / sizes[axis], -axis)
+    )
 
 
 def is_packed(x: Any) -> bool:

@@ -13,12 +13,7 @@ from typing import Any
 import jax
 from jax._src import config, debugging, effects
 from jax._src.ad_util import Zero
-from jax._src.core import (
-    AbstractValue,
-    InconclusiveDimensionOperation,
-    InternalMutableArrayEffect,
-    is_symbolic_dim,
-)
+from jax._src.core import AbstractValue, InternalMutableArrayEffect
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
@@ -27,13 +22,7 @@ from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
-__all__ = [
-    "AbstractValue",
-    "Literal",
-    "Var",
-    "Zero",
-    "is_symbolic_dim",
-]  # re-exported; helpers follow
+__all__ = ["AbstractValue", "Literal", "Var", "Zero"]  # re-exported; helpers follow
 
 Eqn = Any
 Jaxpr = Any
@@ -49,27 +38,9 @@ def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
     return jaxpr, []
 
 
-NOMINAL = 1024  # what a symbol of `jax.export` counts as where a cost is asked for
-
-
-def symbols(size: Any) -> set[str]:
-    """The symbols in a size."""
-    return size._get_vars() if is_symbolic_dim(size) else set()
-
-
-def nominal(size: Any) -> int:
-    """A size in numbers."""
-    if is_symbolic_dim(size):
-        size = size._evaluate(dict.fromkeys(symbols(size), NOMINAL))
-    return int(size)
-
-
-def has_elements(shape: Sequence[Any]) -> bool:
-    """Whether a shape has elements for sure, whatever its symbols stand for."""
-    try:
-        return all(size >= 1 for size in shape)
-    except InconclusiveDimensionOperation:
-        return False
+def evaluated(size: Any, value: int) -> int:
+    """A symbolic size of `jax.export` where each of its symbols has one value."""
+    return int(size._evaluate(dict.fromkeys(size._get_vars(), value)))
 
 
 def is_drop(var: Any) -> bool:

@@ -24,11 +24,11 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from passes import _jax
 from passes.alike import subchains
 from passes.depend import Side, last_reads
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
+from passes.sizes import is_symbolic
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
 _STEPS = 4  # shorter loops are one equation like others
@@ -161,7 +161,7 @@ def is_loop(eqn: Any) -> bool:
         return False
     # The schedule of a loop is a table, which needs a number of steps.
     length = eqn.params["length"]
-    return not _jax.is_symbolic_dim(length) and length >= _STEPS
+    return not is_symbolic(length) and length >= _STEPS
 
 
 def _widths(graph: Graph, state: list[int]) -> list[int]:

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from passes._jax import nominal
 from passes.graph import extents, size
+from passes.sizes import nominal
 
 Expand = Callable[[Any], "list[tuple[Any, int]] | None"]
 

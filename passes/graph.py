@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from passes import _jax
+from passes.sizes import nominal
 
 Var = Any
 Atom = Any
@@ -127,12 +128,12 @@ def evaluate(
 def extents(atom: Atom) -> tuple[int, ...]:
     """The shape of a value in numbers: symbolic dimensions count as a nominal one."""
     shape = getattr(atom.aval, "shape", ())
-    return tuple(max(0, _jax.nominal(n)) for n in shape)
+    return tuple(max(0, nominal(n)) for n in shape)
 
 
 def size(atom: Atom) -> int:
     """Elements of a value; see `extents`."""
-    return max(0, _jax.nominal(math.prod(getattr(atom.aval, "shape", ()))))
+    return max(0, nominal(math.prod(getattr(atom.aval, "shape", ()))))
 
 
 def nbytes(atom: Atom) -> int:

@@ -196,7 +196,7 @@ def test_plan_says_what_it_counted():
     (b,) = export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((b, 16), jnp.float32)
     plan = moonwalk_compile(program.loss).plan(program.params, x)
-    assert any("b were 1024" in note for note in plan.notes)
+    assert any("sizes b are planned" in note for note in plan.notes)
     assert "1024" in str(plan)
     same = moonwalk_compile(program.loss).plan(
         program.params, jax.ShapeDtypeStruct((1024, 16), jnp.float32)

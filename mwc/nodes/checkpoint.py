@@ -20,9 +20,9 @@ from typing import Any
 
 from mwc._tie import barrier, tie
 from mwc.stages import Stage, Values
-from passes import _jax
 from passes.graph import Var
 from passes.schedule import Leaf, Schedule, Split, Store
+from passes.sizes import has_elements
 
 Array = Any
 
@@ -159,7 +159,7 @@ class _Sweep:
 
     def _note(self, ct: Array) -> None:
         """The newest cotangent is the token that later work waits for."""
-        if _jax.has_elements(ct.shape):
+        if has_elements(ct.shape):
             self._token = ct
 
     def reverse(self, at: Schedule, state: Values, first: bool) -> None:
