@@ -50,6 +50,7 @@ class Assembly:
         self._pinned = pins(graph, options.policy)
         cut = chain(graph, sides(graph, parameters), self._pinned)
         self._crossing = tuple(p.crossing for p in cut.pieces)
+        self._made_from = tuple(p.made_from for p in cut.pieces)
         outside = {*graph.invars, *cut.prologue.outvars}
         self._builder = Builder(outside, self.tangents, graph)
         self._prologue = self._builder.straight(cut.prologue)
@@ -69,7 +70,9 @@ class Assembly:
         decision = _planner.schedule(stages, self._crossing, extra, allowed)
         bound = {v for s in decision.stages for v in s.graph.outvars}
         pinned = tuple(v for v in self._pinned if v in bound)
-        node = Checkpoint(decision.stages, self._crossing, decision.schedule, pinned)
+        node = Checkpoint(
+            decision.stages, self._crossing, decision.schedule, pinned, self._made_from
+        )
         tangents = frozenset(self.tangents)
         return Chained(self.graph, self._prologue, node, tangents), decision
 
