@@ -54,8 +54,9 @@ class Assembly:
         self._pinned = pins(graph, options.policy)
         cut = chain(graph, sides(graph, parameters), self._pinned)
         self._crossing = tuple(p.crossing for p in cut.pieces)
+        self._made_from = tuple(p.made_from for p in cut.pieces)
         outside = {*graph.invars, *cut.prologue.outvars}
-        self._builder = Builder(outside, self.tangents)
+        self._builder = Builder(outside, self.tangents, graph)
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._known = facts(graph, dict(known or {}))
@@ -75,7 +76,14 @@ class Assembly:
         decision, crossing = self._decided(stages, extra, allowed)
         bound = {v for s in decision.stages for v in s.graph.outvars}
         pinned = tuple(v for v in self._pinned if v in bound)
-        node = Checkpoint(decision.stages, crossing, decision.schedule, pinned)
+        made = {id(s): m for s, m in zip(stages, self._made_from, strict=True)}
+        node = Checkpoint(
+            decision.stages,
+            crossing,
+            decision.schedule,
+            pinned,
+            tuple(made.get(id(stage), ()) for stage in decision.stages),
+        )
         tangents = frozenset(self.tangents)
         return Chained(self.graph, self._prologue, node, tangents), decision
 

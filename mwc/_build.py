@@ -15,11 +15,10 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from mwc.loops import Loop
 from mwc.stages import Stage, Straight
 from passes import _jax
+from passes.alike import key_of
 from passes.chain import is_loop
 from passes.declared import Fact
 from passes.flops import eqn_flops
@@ -27,6 +26,7 @@ from passes.graph import Graph, Var, is_var, nbytes
 from passes.inline import inline
 from passes.linearise import Linear, linearise
 from passes.order import parameters_first
+from passes.repeats import Repeats
 from passes.residuals import narrowest, packed_bytes
 from passes.vijps import marked
 
@@ -51,10 +51,14 @@ class Builder:
     Args:
       outside: the program's own inputs and the prologue's results, always at hand.
       tangents: the variables that may carry a tangent.
+      program: what the stages are pieces of.
     """
 
-    def __init__(self, outside: Collection[Var], tangents: Collection[Var]):
+    def __init__(
+        self, outside: Collection[Var], tangents: Collection[Var], program: Graph
+    ):
         self._outside, self._tangents = outside, tangents
+        self._repeats = Repeats(program)
         self._kinds: dict[Any, _Kind] = {}
 
     def stage(self, graph: Graph) -> Stage:
@@ -73,7 +77,7 @@ class Builder:
         carry = body.invars[consts : consts + carries]
         pairs = zip(body.invars, self.moving(eqn, body), strict=True)
         moving = {v for v, moves in pairs if moves}
-        inner = Builder({*body.invars} - {*carry}, moving)
+        inner = Builder({*body.invars} - {*carry}, moving, body)
         stage = inner.straight(body)
         whole = sum(matrix_cost(e) for e in body.eqns)
         pruned = rerun_cost(stage.linear, stage.bit_vars) <= _FREE * whole
@@ -110,9 +114,9 @@ class Builder:
         """The stage of straight-line code."""
         active = tuple(v in self._tangents for v in graph.invars)
         state = tuple(v not in self._outside for v in graph.invars)
-        key = (_shape_of(graph), active, state)
+        key = (key_of(graph), active, state)
         if key not in self._kinds:
-            self._kinds[key] = _kind(graph, active, state)
+            self._kinds[key] = _kind(graph, active, state, self._repeats)
         kind = self._kinds[key]
         stage = Straight(
             graph, kind.linear, kind.bits, kind.kept, (), kind.rerun, kind.why
@@ -143,8 +147,10 @@ def rerun_cost(linear: Linear, given: Collection[Var]) -> float:
     return sum(matrix_cost(eqns[i]) for i in linear.fwd.needed(wanted, given))
 
 
-def _kind(graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...]) -> _Kind:
-    linear = linearise(graph, active)
+def _kind(
+    graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...], repeats: Repeats
+) -> _Kind:
+    linear = linearise(graph, active, repeats.evaluate)
     fwd, bwd = linear.fwd, linear.bwd
     names = [v for v, s in zip(fwd.invars, state, strict=True) if s]
     moving = [s for s, a in zip(state, active, strict=True) if a]
@@ -173,50 +179,3 @@ def _why(fwd: Graph, var: Var) -> str:
     index = fwd.producer.get(var)
     name = "its input" if index is None else fwd.eqns[index].primitive.name
     return f"the cotangent needs {var.aval.str_short()} of {name}"
-
-
-def _shape_of(graph: Graph) -> Any:
-    """A key that is equal for graphs that differ in the names of variables only."""
-    number: dict[Var, int] = {v: i for i, v in enumerate(graph.invars)}
-
-    def atom(a: Any) -> Any:
-        if is_var(a):
-            return number[a]
-        if not hasattr(a.aval.dtype, "itemsize"):
-            return "literal", id(a.val), str(a.aval)  # a PRNG key
-        # Bytes, not digits: printed arrays are rounded.
-        value = np.asarray(a.val)
-        return "literal", value.tobytes(), str(value.dtype), str(a.aval)
-
-    rows = []
-    for eqn in graph.eqns:
-        reads = tuple(atom(a) for a in eqn.invars)
-        for v in eqn.outvars:
-            number[v] = len(number)
-        rule = _jax.rule_of(eqn) if eqn.primitive.name == "custom_jvp_call" else None
-        params = rule or tuple(sorted((k, _frozen(v)) for k, v in eqn.params.items()))
-        avals = tuple(_aval(v) for v in eqn.outvars)
-        rows.append((eqn.primitive.name, params, reads, avals))
-    ins = tuple(_aval(v) for v in graph.invars)
-    return ins, tuple(rows), tuple(atom(v) for v in graph.outvars)
-
-
-def _aval(v: Any) -> tuple[str, bool, str]:
-    aval = v.aval
-    weak = bool(getattr(aval, "weak_type", False))
-    return aval.str_short(), weak, str(getattr(aval, "sharding", ""))
-
-
-def _frozen(value: Any) -> Any:
-    """A parameter for comparison: itself where equality means sameness."""
-    if isinstance(value, str | int | float | bool | type(None)):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "(" + ",".join(_frozen(v) for v in value) + ")"
-    if type(value).__module__.startswith("numpy") or hasattr(value, "eqns"):
-        return f"@{id(value)}"
-    if hasattr(value, "shape") or hasattr(value, "mesh"):
-        return f"@{id(value)}"
-    if type(value).__hash__ is object.__hash__ or callable(value):
-        return f"@{id(value)}"
-    return f"{type(value).__name__}:{value!r}"

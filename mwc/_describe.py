@@ -22,6 +22,7 @@ from passes.depend import reached
 from passes.graph import Graph, Var, is_var, nbytes, size
 from passes.residuals import packed_bytes
 from passes.schedule import Leaf, Schedule, Split, Store
+from passes.sizes import NOMINAL, is_symbolic
 from passes.table import is_unknown
 
 
@@ -43,6 +44,7 @@ def describe(node: Checkpoint, decision: Decision, graph: Graph, strict: bool) -
     notes = _unknown(graph)
     if notes and strict:
         raise MoonwalkUnsupportedError(notes[0], remedy="leave strict=True out")
+    notes += _symbolic(graph)
     stored, names = node.spine
     again = _again(node, decision)
     states = {v: nbytes(v) for v in names}
@@ -268,3 +270,14 @@ def _unknown(graph: Graph) -> tuple[str, ...]:
                 "or add its name to passes/table.py"
             )
     return tuple(found.values())
+
+
+def _symbolic(graph: Graph) -> tuple[str, ...]:
+    sizes = [n for v in graph.invars for n in getattr(v.aval, "shape", ())]
+    names = sorted({str(n) for n in sizes if is_symbolic(n)})
+    if not names:
+        return ()
+    return (
+        f"the sizes {', '.join(names)} are planned and counted as if each symbol were "
+        f"{NOMINAL}; bools are packed along other dimensions only",
+    )

@@ -52,7 +52,8 @@ class Plan:
       residual_bytes: all that is kept between the two passes.
       state_bytes: boundary states of nodes apart; 0, the program is one node.
       backprop_bytes: the residuals that `jax.vjp` keeps, arguments left out.
-      notes: primitives without a rule, and what to do about them.
+      notes: primitives without a rule, and what to do about them; what symbolic
+        dimensions (`jax.export`) were counted as.
     """
 
     stages: tuple[StageRecord, ...]

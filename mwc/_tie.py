@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from passes import _jax
+from passes.sizes import has_elements
 
 Array = Any
 
@@ -56,7 +57,7 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     values = list(values)
     if not values:
         return values
-    if token is None or token.size == 0:
+    if token is None or not has_elements(token.shape):
         return barrier(values)
     *held, token = barrier([*values, token])
     axes = _jax.varying(token)
@@ -64,7 +65,7 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     at = [
         i
         for i, x in enumerate(held)
-        if not _is_key(x) and x.size and axes == _jax.varying(x)
+        if not _is_key(x) and has_elements(x.shape) and axes == _jax.varying(x)
     ]
 
     def select(token: Array, *chosen: Array) -> list[Array]:

@@ -2,7 +2,8 @@
 
 The axis is the last one that eight divides, so that nothing is padded; without one
 the axis with the least padding. Other axes keep their shape, and with it their
-sharding. Limits: at most seven elements of padding a row.
+sharding. Limits: at most seven elements of padding a row; symbolic dimensions are not
+packed, and a bool that has no other stays as it is.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from passes.sizes import is_symbolic
+
 Array = Any
 
 
-def axis_of(shape: tuple[int, ...]) -> int:
-    """The axis that is packed."""
-    waste = [(math.ceil(n / 8) * 8 / max(n, 1), -axis) for axis, n in enumerate(shape)]
-    return -min(waste)[1]
+def axis_of(shape: tuple[Any, ...]) -> int | None:
+    """The axis that is packed, None where there is none."""
+    sizes = {axis: n for axis, n in enumerate(shape) if not is_symbolic(n)}
+    if not sizes or 0 in sizes.values():
+        return None
+    return min(
+        sizes, key=lambda axis: (math.ceil(sizes[axis] / 8) / sizes[axis], -axis)
+    )
 
 
 def is_packed(x: Any) -> bool:
     """Whether a value (array or aval) is kept as bits."""
-    return str(x.dtype) == "bool" and len(x.shape) > 0 and math.prod(x.shape) > 0
+    return str(x.dtype) == "bool" and axis_of(x.shape) is not None
 
 
 def pack(x: Array) -> Array:

@@ -4,8 +4,8 @@ The state equations, in program order, are cut once between each two *heavy* one
 (matrix products with a share of the arithmetic, loops), at the narrowest place, and
 of equally narrow ones at the first. Long stretches without a heavy equation are cut
 by length. A stage is what lies between two cuts, together with the parameter-side and
-constant equations that it alone reads. Those that several stages read form the
-prologue.
+constant equations that it alone reads. Of those that several stages read, each makes
+again what is larger than its parameters and cheap; the rest forms the prologue.
 
 So a stage has one heavy equation: residual blocks, attention, U-Net skips and plain
 layers come out alike, and which cuts are used is the schedule's choice, for a cut
@@ -25,15 +25,19 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes.alike import subchains
 from passes.declared import declared_p
-from passes.depend import Side, last_reads
-from passes.flops import eqn_flops
+from passes.depend import Side, last_reads, reached
+from passes.flops import eqn_flops, is_product
 from passes.graph import Graph, Var, is_var, nbytes
+from passes.sizes import is_symbolic
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
 _STEPS = 4  # shorter loops are one equation like others
 _MANY, _FEW = 256, 64  # stages of a chain, of equal and of unlike ones
-_KINDS = 32  # sizes of stages up to which a chain counts as one of equal ones
+_KINDS = 32  # sizes of stages up to which a chain counts as one of equal ones, and
+_UNLIKE = 2**14  # unlike stretches of them: the schedule solves each by itself
+_CHEAP = 1 / 16  # of a stage's arithmetic: what it makes again of its parameters
 _SHARE = 1 / 2000  # of the program's arithmetic makes an equation heavy, or
 _SIZE = 1 / 100  # of the arithmetic of the heaviest one
 
@@ -46,10 +50,12 @@ class Piece:
       graph: its equations; inputs are what it reads from outside, results what is
         read outside.
       crossing: the variables that are alive before it and bound by earlier stages.
+      made_from: what it reads only to make large parameter-side values of it.
     """
 
     graph: Graph
     crossing: tuple[Var, ...]
+    made_from: tuple[Var, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,12 +121,25 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
     cuts = _split_long(sorted(set(cuts)), count, widths)
     cuts = [c for c in cuts if c not in whole]
-    sizes = {
+    most = _MANY if len(set(_sizes(cuts, count, costs, widths))) <= _KINDS else _FEW
+    kept = _thinned(cuts, widths, most)
+    while most > _FEW and len(kept) > _FEW:
+        stretches = subchains(_sizes(kept, count, costs, widths))[1]
+        if len(stretches) <= _UNLIKE:
+            break
+        most //= 2
+        kept = _thinned(cuts, widths, most)
+    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+
+
+def _sizes(
+    cuts: list[int], count: int, costs: list[int], widths: list[int]
+) -> list[tuple[int, int, int]]:
+    """What tells the stages between cuts apart, roughly."""
+    return [
         (costs[a:b].count(0), sum(costs[a:b]), widths[a])
         for a, b in zip([0, *cuts], [*cuts, count], strict=True)
-    }
-    kept = _thinned(cuts, widths, _MANY if len(sizes) <= _KINDS else _FEW)
-    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+    ]
 
 
 def _inside(graph: Graph, state: list[int]) -> set[int]:
@@ -159,8 +178,11 @@ def _split_long(cuts: list[int], count: int, widths: list[int]) -> list[int]:
 
 def is_loop(eqn: Any) -> bool:
     """Whether an equation is a stage of its own that keeps its loop form."""
-    name = eqn.primitive.name
-    return name == "scan" and eqn.params["length"] >= _STEPS and not eqn.effects
+    if eqn.primitive.name != "scan" or eqn.effects:
+        return False
+    # The schedule of a loop is a table, which needs a number of steps.
+    length = eqn.params["length"]
+    return not is_symbolic(length) and length >= _STEPS
 
 
 def _widths(graph: Graph, state: list[int]) -> list[int]:
@@ -184,9 +206,12 @@ def _sink(
 ) -> tuple[set[int], list[list[int]]]:
     """Gives each parameter-side equation to the only stage that reads it.
 
-    Constant equations go to every stage that reads them. Stages in `alone` take none.
+    Constant equations go to every stage that reads them, and so do those whose
+    results are better made again than kept for all (`_Expanded`). Stages in `alone`
+    take none.
     """
     outside = -1
+    expanded = _Expanded(graph, groups)
     readers: dict[Var, set[int]] = {}
     for v in graph.outvars:
         if is_var(v):
@@ -205,7 +230,7 @@ def _sink(
             continue
         stages = set().union(*(readers.get(v, set()) for v in eqn.outvars))
         single = len(stages) == 1 and outside not in stages
-        copy = side is Side.CONST and outside not in stages
+        copy = outside not in stages and (side is Side.CONST or expanded(i, stages))
         if not single and not copy:
             shared.add(i)
             stages = {outside}
@@ -218,10 +243,31 @@ def _sink(
     return shared, own
 
 
+class _Expanded:
+    """Which parameter-side equations are made again at every stage that reads them.
+
+    Those whose results are larger than the parameters they follow from (a product
+    of low rank, a cast to more bits), if that is cheap beside every such stage. Their
+    cotangents then add up where they are small, in the parameters.
+    """
+
+    def __init__(self, graph: Graph, groups: list[list[int]]):
+        self._graph, self._groups = graph, groups
+        self._flops = functools.cache(lambda i: eqn_flops(graph.eqns[i]).total)
+
+    def __call__(self, i: int, stages: Collection[int]) -> bool:
+        graph, outs = self._graph, self._graph.eqns[i].outvars
+        if sum(map(nbytes, outs)) <= sum(map(nbytes, graph.inputs_of(outs))):
+            return False
+        cost = sum(map(self._flops, graph.needed(outs)))
+        least = min(sum(map(self._flops, self._groups[s])) for s in stages)
+        return cost <= _CHEAP * least
+
+
 def _assemble(
     graph: Graph, shared: list[int], stages: list[list[int]], pinned: set[Var]
 ) -> Chain:
-    # A constant equation is copied to its readers and never crosses a cut.
+    # An equation that is copied to its readers never crosses a cut.
     times = collections.Counter(i for indices in stages for i in indices)
     copied = {v for i, n in times.items() if n > 1 for v in graph.eqns[i].outvars}
 
@@ -249,9 +295,25 @@ def _assemble(
         alive = {v: last for v, last in alive.items() if last >= stage}
         leaves = functools.partial(_leaves, place, results, stage)
         body = piece(indices, leaves)
-        pieces.append(Piece(body, tuple(alive)))
+        pieces.append(Piece(body, tuple(alive), _made_from(body, tuple(alive))))
         alive |= {v: place[v] for v in body.outvars if place.get(v, -1) > stage}
     return Chain(prologue, tuple(pieces))
+
+
+def _made_from(body: Graph, state: Collection[Var]) -> tuple[Var, ...]:
+    """The inputs of a stage that grow, without the state, into operands of products.
+
+    What else grows is fused where it is read, and is never there as a whole.
+    """
+    moving = reached(body, state)
+    products = [e for e in body.eqns if is_product(e)]
+    operands = {v for e in products for v in e.invars if is_var(v)} - moving
+    found: set[Var] = set()
+    for v in operands & body.producer.keys():
+        roots = body.inputs_of([v])
+        if nbytes(v) > sum(map(nbytes, roots)):
+            found |= roots
+    return tuple(v for v in body.invars if v in found)
 
 
 def _leaves(

@@ -12,8 +12,7 @@ operations, as in XLA's cost analysis (`HloCostAnalysis`); a complex one is eigh
 
 Limits: a `while_loop`'s trip count is unknown, so its body counts once; of a `cond`
 the dearest branch counts. `Flops.exact` says whether either happened to a matrix
-product. What jaxprs are is known by shape alone (`.eqns`, `.primitive.name`,
-`.params`): no JAX import.
+product. Symbolic dimensions count as a nominal one (`passes.graph.extents`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+
+from passes.graph import extents, size
+from passes.sizes import nominal
 
 Expand = Callable[[Any], "list[tuple[Any, int]] | None"]
 
@@ -78,6 +80,11 @@ def eqn_flops(eqn: Any, expand: Expand | None = None) -> Flops:
     return _Counter(expand).eqn(eqn)
 
 
+def is_product(eqn: Any) -> bool:
+    """Whether an equation is a matrix product, a convolution or a factorisation."""
+    return eqn.primitive.name in _MATRIX
+
+
 class _Counter:
     """One count; a jaxpr that is called many times is counted once."""
 
@@ -103,10 +110,10 @@ class _Counter:
         if name in _FREE:
             return Flops()
         if name in _COMBINERS or name.startswith(("reduce_", "arg", "cum")):
-            read = max((_size(v) for v in eqn.invars), default=0)
+            read = max((size(v) for v in eqn.invars), default=0)
             return Flops(elementwise=read)
         if name == "scan":
-            return self.jaxpr(params["jaxpr"]).times(params["length"])
+            return self.jaxpr(params["jaxpr"]).times(nominal(params["length"]))
         if name == "while":
             once = self.jaxpr(params["cond_jaxpr"]) + self.jaxpr(params["body_jaxpr"])
             return _inexact(once)
@@ -123,7 +130,7 @@ class _Counter:
         if inner:
             total = sum((self.jaxpr(j) for j in inner), Flops())
             return _inexact(total) if name == "pallas_call" else total
-        return Flops(elementwise=max((_size(v) for v in eqn.outvars), default=0))
+        return Flops(elementwise=max((size(v) for v in eqn.outvars), default=0))
 
 
 def _inexact(count: Flops) -> Flops:
@@ -138,6 +145,8 @@ def _sub_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _sub_jaxprs(value)
+        elif isinstance(value, str | int | float | type(None)):
+            continue  # most parameters: many equations are counted
         elif hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
             yield value
 
@@ -149,12 +158,8 @@ def _shards(params: dict[str, Any]) -> int:
     return math.prod(size for axis, size in sizes.items() if axis in manual)
 
 
-def _size(var: Any) -> int:
-    return math.prod(getattr(var.aval, "shape", ()))
-
-
 def _complex_factor(eqn: Any) -> int:
-    return 4 if np.issubdtype(_dtype(eqn.outvars[0]), np.complexfloating) else 1
+    return 4 if _dtype(eqn.outvars[0]).kind == "c" else 1
 
 
 def _dtype(var: Any) -> Any:
@@ -163,18 +168,18 @@ def _dtype(var: Any) -> Any:
 
 def _dot_general(eqn: Any) -> int:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
-    return 2 * _size(eqn.outvars[0]) * math.prod(shape[axis] for axis in contract)
+    shape = extents(eqn.invars[0])
+    return 2 * size(eqn.outvars[0]) * math.prod(shape[axis] for axis in contract)
 
 
 def _ragged_dot(eqn: Any) -> int:
     # Every row of the left operand meets one group's matrix: [m, k] x [g, k, n].
-    rows, columns = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    rows, columns = extents(eqn.invars[0]), extents(eqn.outvars[0])
     return 2 * math.prod(rows) * columns[-1]
 
 
 def _conv(eqn: Any) -> int:
-    lhs, rhs, out = (v.aval.shape for v in (*eqn.invars[:2], eqn.outvars[0]))
+    lhs, rhs, out = map(extents, (*eqn.invars[:2], eqn.outvars[0]))
     params, dims = eqn.params, eqn.params["dimension_numbers"]
     taps = 1
     for axis in range(len(params["window_strides"])):
@@ -183,7 +188,7 @@ def _conv(eqn: Any) -> int:
             kernel=rhs[dims.rhs_spec[2 + axis]],
             out=out[dims.out_spec[2 + axis]],
             stride=params["window_strides"][axis],
-            low=params["padding"][axis][0],
+            low=nominal(params["padding"][axis][0]),
             lhs_dilation=params["lhs_dilation"][axis],
             rhs_dilation=params["rhs_dilation"][axis],
         )
@@ -209,15 +214,15 @@ def _valid_taps(
 
 
 def _triangular_solve(eqn: Any) -> int:
-    shape = eqn.invars[0].aval.shape
-    return _size(eqn.outvars[0]) * (shape[-1] if shape else 0)
+    shape = extents(eqn.invars[0])
+    return size(eqn.outvars[0]) * (shape[-1] if shape else 0)
 
 
 def _factorisation(cubic: float) -> Callable[[Any], int]:
     """Leading term of a factorisation of [..., m, n]: cubic x m n min(m, n)."""
 
     def count(eqn: Any) -> int:
-        shape = eqn.invars[0].aval.shape
+        shape = extents(eqn.invars[0])
         return round(cubic * math.prod(shape) * min(shape[-2:]))
 
     return count

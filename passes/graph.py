@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from passes import _jax
+from passes.sizes import nominal
 
 Var = Any
 Atom = Any
@@ -125,16 +126,20 @@ def evaluate(
     return [read(env, v) for v in outputs]
 
 
-def nbytes(atom: Atom) -> int:
-    """Bytes of a value; PRNG keys count their key data."""
-    aval = atom.aval
-    if not hasattr(aval, "shape"):
-        return 0
-    size = math.prod(aval.shape)
-    item = getattr(aval.dtype, "itemsize", None)
-    return size * (item if item is not None else 8)
+def extents(atom: Atom) -> tuple[int, ...]:
+    """The shape of a value in numbers: symbolic dimensions count as a nominal one."""
+    shape = getattr(atom.aval, "shape", ())
+    return tuple(max(0, nominal(n)) for n in shape)
 
 
 def size(atom: Atom) -> int:
-    """Elements of a value."""
-    return math.prod(getattr(atom.aval, "shape", ()))
+    """Elements of a value; see `extents`."""
+    return max(0, nominal(math.prod(getattr(atom.aval, "shape", ()))))
+
+
+def nbytes(atom: Atom) -> int:
+    """Bytes of a value; PRNG keys count their key data."""
+    if not hasattr(atom.aval, "shape"):
+        return 0
+    item = getattr(atom.aval.dtype, "itemsize", None)
+    return size(atom) * (item if item is not None else 8)

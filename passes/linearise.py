@@ -14,7 +14,7 @@ cookbook"). Limits: reverse-mode must exist for what is inside, as for `jax.vjp`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -77,12 +77,17 @@ def is_inexact(atom: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, np.inexact)
 
 
-def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
+def linearise(
+    graph: Graph,
+    active: tuple[bool, ...],
+    run: Callable[..., list[Any]] = evaluate,
+) -> Linear:
     """Traces JAX's derivative of a graph.
 
     Args:
       graph: the stage; its effects are left out of both results.
       active: the inputs, all inexact, whose cotangents `bwd` shall give.
+      run: runs the graph, as `evaluate` does.
 
     Returns:
       The two graphs.
@@ -91,26 +96,23 @@ def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
     trees: list[Any] = []
 
     def forward(*args: Any) -> tuple[list[Any], list[Any]]:
-        def fun(*primals: Any) -> list[Any]:
+        def fun(*primals: Any) -> tuple[list[Any], list[Any]]:
             given = iter(primals)
             pairs = zip(active, args, strict=True)
             values = [next(given) if a else x for a, x in pairs]
             env = dict(zip(graph.invars, values, strict=True))
-            return evaluate(graph, env, graph.outvars)
+            outs = list(zip(inexact, run(graph, env, graph.outvars), strict=True))
+            return [x for f, x in outs if f], [x for f, x in outs if not f]
 
         primals = [x for a, x in zip(active, args, strict=True) if a]
-        outs, pull = jax.vjp(fun, *primals)
+        moving, pull, fixed = jax.vjp(fun, *primals, has_aux=True)
+        moving, fixed = iter(moving), iter(fixed)
         leaves, tree = jax.tree.flatten(pull)
         trees.append(tree)
-        return outs, leaves
+        return [next(moving) if f else next(fixed) for f in inexact], leaves
 
     def backward(leaves: list[Any], cts: list[Any]) -> tuple[Any, ...]:
-        given = iter(cts)
-        full = [
-            next(given) if f else np.zeros(v.aval.shape, jax.dtypes.float0)
-            for f, v in zip(inexact, graph.outvars, strict=True)
-        ]
-        return jax.tree.unflatten(trees[-1], leaves)(full)
+        return jax.tree.unflatten(trees[-1], leaves)(cts)
 
     fwd = jax.make_jaxpr(forward)(*[v.aval for v in graph.invars])
     fwd, consts = _hoist(fwd)

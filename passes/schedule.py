@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from passes.alike import subchains
+
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
@@ -113,6 +115,7 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
     # Rounding up must not swell the state that is kept most often.
     common = max(1, sizes[len(sizes) // 2] if sizes else top)
     top = max(1, top)
+    chain = _Chain(stages)
     best: tuple[_Table, int] | None = None
     levels, refined = _LEVELS, 0
     while True:
@@ -121,7 +124,7 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
             unit = math.ceil(common / (common // unit))
         elif refined and top <= _MOST * common:
             unit = common
-        table = _Table(stages, unit, math.ceil(top / unit) + 1, store_first)
+        table = _Table(chain, unit, math.ceil(top / unit) + 1, store_first)
         level = table.least(limit)
         if level is not None:
             best, top, refined = (table, level), max(1, level * unit), refined + 1
@@ -135,146 +138,133 @@ def plan(stages: Sequence[Costs], limit: float, store_first: bool = True) -> Pla
     if best is None:
         # Nothing is within the limit: the cheapest, with room for rounding up.
         unit = math.ceil(top / _LEVELS)
-        table = _Table(stages, unit, _LEVELS + 2 * len(stages) + 2, store_first)
+        table = _Table(chain, unit, _LEVELS + 2 * len(stages) + 2, store_first)
         best = table, table.cheapest()
     table, level = best
-    return Planned(table.build(level), table.first[0][level], level * table.unit)
+    return Planned(table.build(level), float(table.costs[level]), level * table.unit)
 
 
-class _Table:
-    """Least cost of every sub-chain at every memory level."""
+class _Chain:
+    """What the tables of one chain share, whatever their levels.
 
-    def __init__(
-        self, stages: Sequence[Costs], unit: int, levels: int, store_first: bool
-    ):
-        self.stages, self.unit, self.levels = stages, unit, levels
-        self.count = len(stages)
-        self._store_first = store_first
-        classes: dict[Any, int] = {}
+    Attributes:
+      stages: the chain.
+      alike: [i, j] the class of sub-chain [i, j); equal ones are of one class.
+      first: the first sub-chain of each class; shorter ones have lower classes.
+      run: [i] FLOPs of running the stages before i.
+      held: [i, k] bytes that keeping the state at k costs while that at i is held.
+    """
+
+    def __init__(self, stages: Sequence[Costs]):
+        self.stages, count = stages, len(stages)
         # Births are compared by distance, so that equal blocks look equal.
         look = [
             (*dataclasses.astuple(s)[:-1], tuple((b, e - i) for b, e in s.born))
             for i, s in enumerate(stages)
         ]
-        ids = [classes.setdefault(key, len(classes)) for key in look]
-        self._ids = np.array(ids, np.int32)
-        self._sum = np.concatenate([[0.0], np.cumsum([s.forward for s in stages])])
-        self._holds = [self._held(i) for i in range(self.count)]
-        self._solved: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-        for length in range(1, self.count + 1):
-            for i in range(self.count - length + 1):
-                self._solve(i, i + length)
-        self._spine()
+        self.alike, self.first = subchains(look)
+        self.run = np.concatenate([[0.0], np.cumsum([s.forward for s in stages])])
+        self.held = np.zeros((count, count + 1), np.int64)
+        for b, stage in enumerate(stages):
+            for size, last in stage.born:
+                self.held[: b + 1, b + 1 : last + 1] += size
 
-    def _held(self, i: int) -> np.ndarray:
-        """Levels that keeping the state at k costs while the one at i is held."""
-        held = np.zeros(self.count + 1, np.int64)
-        for b in range(i, self.count):
-            for size, last in self.stages[b].born:
-                held[b + 1 : last + 1] += size
-        return np.ceil(held / self.unit).astype(np.int64)
+
+class _Table:
+    """Least cost of every sub-chain at every memory level."""
+
+    def __init__(self, chain: _Chain, unit: int, levels: int, store_first: bool):
+        self.stages, self.unit, self.levels = chain.stages, unit, levels
+        self.count = len(chain.stages)
+        self._chain, self._store_first = chain, store_first
+        self._holds = np.ceil(chain.held / unit).astype(np.int64)
+        self._solved = _Rows(len(chain.first), levels)
+        for row, (i, j) in enumerate(chain.first):
+            self._solved.fill(row, _least(self._options(i, j)))
+        # The first pass runs every stage, and may not store where it must not.
+        self._spine = _Rows(self.count, levels)
+        for i in reversed(range(self.count)):
+            self._spine.fill(i, _least(self._options(i, self.count, first=True)))
+        self.costs = self._spine.at([0], np.array([0]))[0]
 
     def _levels(self, size: int) -> int:
         return math.ceil(size / self.unit)
 
-    def _key(self, i: int, j: int) -> bytes:
-        return self._ids[i:j].tobytes()
-
-    def _shift(self, costs: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """Costs [n, levels] with `by` [n] levels less memory."""
-        at = np.arange(self.levels)[None] - by[:, None]
-        found = np.take_along_axis(costs, np.maximum(at, 0), axis=1)
-        return np.where(at < 0, np.inf, found)
-
-    def _options(self, i: int, j: int, rest: list[np.ndarray]) -> np.ndarray:
-        """Costs of the choices [leaf, store, split at i+1, ...] by level.
-
-        `rest[k]` is the cost of [k, j) for k from i+1 on.
-        """
-        stage, levels = self.stages[i], np.arange(self.levels)
-        leaf = np.full(self.levels, np.inf)
+    def _options(self, i: int, j: int, first: bool = False) -> list[np.ndarray]:
+        """Costs by level of the choices for [i, j): [leaf], [store], [split, ...]."""
+        stage, chain, levels = self.stages[i], self._chain, np.arange(self.levels)
+        middles = np.arange(i + 1, j)
+        rest = middles if first else chain.alike[i + 1 : j, j]
+        right = self._spine if first else self._solved
+        local, kept = self._levels(stage.local), self._levels(stage.kept)
+        leaf, store = np.full((2, 1, self.levels), np.inf)
         if j == i + 1:
-            leaf[levels >= self._levels(stage.local)] = stage.leaf
-        kept = self._levels(stage.kept)
-        after = rest[0] if rest else np.zeros(self.levels)
-        by = np.array([kept + (self._holds[i][i + 1] if rest else 0)])
-        store = stage.store + self._shift(after[None], by)[0]
-        store[levels < self._levels(stage.local)] = np.inf
-        choices = [leaf[None], store[None]]
-        if rest:
-            middles = np.arange(i + 1, j)
-            right = self._shift(np.stack(rest), self._holds[i][middles])
-            left = np.stack([self._cost(i, k) for k in range(i + 1, j)])
-            moved = (self._sum[middles] - self._sum[i])[:, None]
-            choices.append(right + left + moved)
-        return np.concatenate(choices)
-
-    def _solve(self, i: int, j: int) -> None:
-        key = self._key(i, j)
-        if key not in self._solved:
-            rest = [self._cost(k, j) for k in range(i + 1, j)]
-            options = self._options(i, j, rest)
-            pick = options.argmin(axis=0)
-            self._solved[key] = np.take_along_axis(options, pick[None], 0)[0], pick
-
-    def _cost(self, i: int, j: int) -> np.ndarray:
-        return self._solved[self._key(i, j)][0]
-
-    def _spine(self) -> None:
-        """The first pass: it runs every stage, and may not store where it must not."""
-        last = self.count
-        self.first: dict[int, np.ndarray] = {}
-        self._first_pick: dict[int, np.ndarray] = {}
-        for i in reversed(range(last)):
-            rest = [self.first[k] for k in range(i + 1, last)]
-            options = self._options(i, last, rest)
-            options[0] += self.stages[i].forward
-            if not self._store_first:
-                options[1] = np.inf
-            pick = options.argmin(axis=0)
-            self.first[i] = np.take_along_axis(options, pick[None], 0)[0]
-            self._first_pick[i] = pick
+            leaf[:, local:] = stage.leaf + (stage.forward if first else 0.0)
+        if self._store_first or not first:
+            after = np.where(levels < kept, np.inf, 0.0)
+            if len(middles):
+                after = right.at(rest[:1], kept + self._holds[i, middles[:1]])[0]
+            store[:, local:] = stage.store + after[local:]
+        if not len(middles):
+            return [leaf, store]
+        splits = right.at(rest, self._holds[i, middles])
+        splits += self._solved.at(chain.alike[i, middles], 0 * middles)
+        splits += (chain.run[middles] - chain.run[i])[:, None]
+        return [leaf, store, splits]
 
     def least(self, limit: float) -> int | None:
         """The lowest level whose cost is within the limit."""
-        cost = self.first[0]
-        good = np.flatnonzero((cost <= limit) & np.isfinite(cost))
+        good = np.flatnonzero((self.costs <= limit) & np.isfinite(self.costs))
         return int(good[0]) if good.size else None
 
     def cheapest(self) -> int:
         """The lowest level of the lowest cost."""
-        return int(self.first[0].argmin())
+        return int(self.costs.argmin())
 
     def build(self, level: int) -> Schedule:
         """The schedule behind a level's cost."""
-        return self._build_first(0, level)
+        return self._build(0, self.count, level, first=True)
 
-    def _build_first(self, i: int, level: int) -> Schedule:
-        pick = int(self._first_pick[i][level])
-        if pick == 0:
-            return Leaf(i)
-        if pick == 1:
-            if i == self.count - 1:
-                return Store(i, None)
-            after = (
-                level - self._levels(self.stages[i].kept) - int(self._holds[i][i + 1])
-            )
-            return Store(i, self._build_first(i + 1, after))
-        k = i + pick - 1
-        right = self._build_first(k, level - int(self._holds[i][k]))
-        return Split(i, k, right, self._build(i, k, level))
-
-    def _build(self, i: int, j: int, level: int) -> Schedule:
-        pick = int(self._solved[self._key(i, j)][1][level])
+    def _build(self, i: int, j: int, level: int, first: bool = False) -> Schedule:
+        # Which choice was the cheapest is asked so seldom that it is found again, for
+        # the sub-chain that the costs are of: others may differ in rounding.
+        a, b = (i, j) if first else self._chain.first[self._chain.alike[i, j]]
+        options = self._options(a, b, first)
+        pick = int(np.concatenate([o[:, level] for o in options]).argmin())
         if pick == 0:
             return Leaf(i)
         if pick == 1:
             if j == i + 1:
                 return Store(i, None)
             after = (
-                level - self._levels(self.stages[i].kept) - int(self._holds[i][i + 1])
+                level - self._levels(self.stages[i].kept) - int(self._holds[i, i + 1])
             )
-            return Store(i, self._build(i + 1, j, after))
+            return Store(i, self._build(i + 1, j, after, first))
         k = i + pick - 1
-        right = self._build(k, j, level - int(self._holds[i][k]))
+        right = self._build(k, j, level - int(self._holds[i, k]), first)
         return Split(i, k, right, self._build(i, k, level))
+
+
+def _least(options: list[np.ndarray]) -> np.ndarray:
+    """The least cost of any choice, by level."""
+    return np.minimum.reduce([o.min(axis=0) for o in options])
+
+
+class _Rows:
+    """Costs by memory level, one row each; below level 0 they are infinite."""
+
+    def __init__(self, rows: int, levels: int):
+        self._levels = levels
+        self._padded = np.full((rows, 2 * levels), np.inf)
+        # [row, start] is a view of a whole row of levels: copied as one block.
+        self._windows = np.lib.stride_tricks.sliding_window_view(
+            self._padded, levels, axis=1
+        )
+
+    def fill(self, row: int, costs: np.ndarray) -> None:
+        """Sets a row."""
+        self._padded[row, self._levels :] = costs
+
+    def at(self, rows: Any, less: np.ndarray) -> np.ndarray:
+        """A copy of some rows, each with `less` levels less memory."""
+        return self._windows[rows, self._levels - np.minimum(less, self._levels)]

@@ -1,6 +1,8 @@
 """The plan: made in time, printed, complete; unknown primitives are named."""
 
 import dataclasses
+import itertools
+import random
 import time
 
 import jax
@@ -17,15 +19,34 @@ def plan_of(program, **options):
     return loss.plan(program.params, program.batch)
 
 
-def test_ten_thousand_equations_in_time():
+def equal_layers():
     def loss(ws, x):
         for i in range(3400):
             x = jnp.tanh(x @ ws[i % 4] + 1.0)
         return jnp.sum(x)
 
+    return loss, [programs.spec(8, 8)] * 4, programs.spec(4, 8)
+
+
+def layers_of_many_widths():
+    draw = random.Random(0)
+    dims = [draw.choice(range(8, 88, 8)) for _ in range(2001)]
+
+    def loss(params, x):
+        for w, b in params:
+            x = jnp.tanh(jax.nn.relu(x @ w + b))
+        return jnp.sum(x)
+
     spec = programs.spec
+    pairs = itertools.pairwise(dims)
+    return loss, [(spec(a, b), spec(b)) for a, b in pairs], spec(32, dims[0])
+
+
+@pytest.mark.parametrize("program", [equal_layers, layers_of_many_widths])
+def test_ten_thousand_equations_in_time(program):
+    loss, params, x = program()
     start = time.process_time()
-    plan = moonwalk_compile(loss).plan([spec(8, 8)] * 4, spec(4, 8))
+    plan = moonwalk_compile(loss).plan(params, x)
     assert time.process_time() - start < 10
     assert plan.stages
 

@@ -13,9 +13,10 @@ order of the backward is fixed by the schedule.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from mwc._tie import barrier, tie
 from mwc.stages import DRIFT, Stage, Values
 from passes.graph import Var
 from passes.schedule import Leaf, Schedule, Split, Store
+from passes.sizes import has_elements
 
 Array = Any
 
@@ -38,12 +40,14 @@ class Checkpoint:
         bind; `values` always has the program's own inputs besides.
       schedule: of all stages, or None of none.
       pinned: results that the first pass keeps whatever the schedule says.
+      made_from: for each stage, what it makes large parameter-side values of.
     """
 
     stages: tuple[Stage, ...]
     crossing: tuple[tuple[Var, ...], ...]
     schedule: Schedule | None
     pinned: tuple[Var, ...] = ()
+    made_from: tuple[tuple[Var, ...], ...] = ()
 
     @functools.cached_property
     def spine(self) -> tuple[frozenset[int], tuple[Var, ...]]:
@@ -88,14 +92,29 @@ class Checkpoint:
         saved: list[Array] = []
         for i, stage in enumerate(self.stages):
             residuals = []
-            if self._live(i, tangents):
-                residuals = stage.first(values, store=i in stored, effects=True)
-            else:
-                stage.run(values, effects=True)
+            with self.apart(i, values):
+                if self._live(i, tangents):
+                    residuals = stage.first(values, store=i in stored, effects=True)
+                else:
+                    stage.run(values, effects=True)
             if residuals and i not in stored:
                 self._pin(stage, values, residuals)
             saved += residuals
         return [*(values[v] for v in names), *saved]
+
+    @contextlib.contextmanager
+    def apart(self, i: int, values: Values) -> Iterator[None]:
+        """While stage i runs, what it makes of parameters waits for its state.
+
+        XLA would make it early, and once for all stages, and keep it until then.
+        """
+        names = self.made_from[i] if self.made_from and self.crossing[i] else ()
+        shared = [values[v] for v in names]
+        if shared:
+            held = barrier([*shared, values[self.crossing[i][0]]])
+            values.update(zip(names, held, strict=False))
+        yield
+        values.update(zip(names, shared, strict=True))
 
     def _pin(self, stage: Stage, values: Values, residuals: list[Array]) -> None:
         """Packs now: results and residuals leave the stage together."""
@@ -176,7 +195,7 @@ class _Sweep:
 
     def _note(self, ct: Array) -> None:
         """The newest cotangent is the token that later work waits for."""
-        if ct.size:
+        if has_elements(ct.shape):
             self._token = ct
 
     def reverse(self, at: Schedule, state: Values, first: bool) -> None:
@@ -237,7 +256,8 @@ class _Sweep:
         values = self._tied(state, start, stop)
         for i in range(start, stop):
             stage = self._node.stages[i]
-            stage.run(values)
+            with self._node.apart(i, values):
+                stage.run(values)
             outs = stage.graph.outvars
             values.update(zip(outs, barrier([values[v] for v in outs]), strict=True))
         return self._pick(values, stop)

@@ -187,3 +187,51 @@ def test_long_light_stretches_are_cut():
     _, found, _ = cut(loss, jnp.ones((4, 4)), jnp.ones((2, 4)))
     assert len(found.pieces) >= 3
     assert max(len(p.graph.eqns) for p in found.pieces) <= 52
+
+
+def uses(make, count=6, width=16, batch=64):
+    """A chain that multiplies by each of two made weights several times."""
+
+    def fun(params, x):
+        weights = [make(*p) for p in params]
+        for _ in range(count // 2):
+            for w in weights:
+                x = jax.nn.relu(x @ w)
+        return jnp.sum(x)
+
+    return fun, jnp.ones((batch, width))
+
+
+MADE = {
+    "low rank": (lambda a, b: jnp.tanh(a @ b.T), ((16, 1), (16, 1)), True),
+    "kron": (jnp.kron, ((4, 4), (4, 4)), True),
+    "same size": (lambda a, b: jnp.triu(a) + b, ((16, 16), (16,)), False),
+    "dear": (lambda a, b: (a @ b.T) @ (a @ b.T), ((16, 8), (16, 8)), False),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_grows_and_is_cheap_is_made_at_each_stage(name):
+    make, shapes, again = MADE[name]
+    fun, x = uses(make)
+    draw = np.random.default_rng(0)
+    params = [[jnp.asarray(draw.standard_normal(s)) for s in shapes] for _ in range(2)]
+    graph, found, leaves = cut(fun, params, x)
+    large = any(v.aval.shape == (16, 16) for v in found.prologue.outvars)
+    assert large != again
+    assert sum(bool(p.made_from) for p in found.pieces) == (6 if again else 0)
+    for piece in found.pieces:
+        assert set(piece.made_from) <= set(piece.graph.invars) & set(graph.invars)
+    (mine,) = check_chain(graph, found, leaves)
+    np.testing.assert_allclose(mine, fun(params, x), rtol=1e-5)
+
+
+def test_a_result_is_made_once():
+    fun, x = uses(jnp.kron)
+    params = [[jnp.ones((4, 4))] * 2] * 2
+    both = lambda p, x: (fun(p, x), jnp.kron(*p[0]))  # noqa: E731
+    graph, found, leaves = cut(both, params, x)
+    assert found.prologue.outvars
+    pairs = zip(check_chain(graph, found, leaves), both(params, x), strict=True)
+    for mine, true in pairs:
+        np.testing.assert_allclose(mine, true, rtol=1e-5)
