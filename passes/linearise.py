@@ -24,6 +24,7 @@ from passes import _jax
 from passes.compare import few_masks
 from passes.graph import Graph, Var, evaluate
 from passes.inline import inline
+from passes.pooling import by_position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Linear:
       active: one flag an input of `fwd`: whether `bwd` gives its cotangent.
       inexact: one flag a result of the stage: whether `bwd` takes its cotangent.
       consts: values of the graphs' constant variables.
+      jaxs: how many of the residuals JAX has, the first; others are ours, narrower.
     """
 
     fwd: Graph
@@ -45,6 +47,7 @@ class Linear:
     active: tuple[bool, ...]
     inexact: tuple[bool, ...]
     consts: dict[Var, Any]
+    jaxs: int
 
     @property
     def outs(self) -> tuple[Any, ...]:
@@ -117,7 +120,12 @@ def linearise(graph: Graph, active: tuple[bool, ...]) -> Linear:
         if f
     ]
     bwd, more = _hoist(jax.make_jaxpr(backward)(residuals, cts))
-    return Linear(fwd, bwd, active, inexact, consts | more)
+    consts |= more
+    narrow = by_position(fwd, bwd, consts, len(residuals))
+    if narrow is not None:
+        (fwd, consts), (bwd, more) = map(_hoist, narrow)
+        consts |= more
+    return Linear(fwd, bwd, active, inexact, consts, len(residuals))
 
 
 def _hoist(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:
