@@ -20,6 +20,7 @@ from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.depend import reached
 from passes.graph import Graph, Var, is_var, nbytes, size
+from passes.linearise import Linear
 from passes.residuals import packed_bytes
 from passes.schedule import Leaf, Schedule, Split, Store
 from passes.sizes import NOMINAL, is_symbolic
@@ -234,7 +235,7 @@ def _backprop(node: Checkpoint) -> int:
         assert isinstance(stage, Straight)
         fwd, chain = stage.linear.fwd, stage.chain_names()
         moving = reached(fwd, [f for f in fwd.invars if chain[f] in bound])
-        for v in set(filter(is_var, stage.linear.residuals)) & moving:
+        for v in set(filter(is_var, _own(stage.linear))) & moving:
             name = chain.get(v)
             if name is None or name not in seen:
                 seen.update({name} - {None})
@@ -253,8 +254,13 @@ def _body_residuals(loop: Loop) -> int:
     linear = body.linear
     outer = set(linear.fwd.invars) - set(linear.fwd.invars[loop.carries])
     moving = reached(linear.fwd, linear.fwd.invars[loop.carries])
-    rows = {v for v in linear.residuals if is_var(v) and v not in outer}
+    rows = {v for v in _own(linear) if is_var(v) and v not in outer}
     return sum(nbytes(v) for v in rows & moving)
+
+
+def _own(linear: Linear) -> tuple[Any, ...]:
+    """The residuals that JAX has."""
+    return linear.residuals[: linear.jaxs]
 
 
 def _unknown(graph: Graph) -> tuple[str, ...]:

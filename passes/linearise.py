@@ -26,6 +26,7 @@ from passes.compare import few_masks
 from passes.graph import Graph, Var, evaluate
 from passes.inline import inline
 from passes.order import Wait
+from passes.pooling import by_position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Linear:
       inexact: one flag a result of the stage: whether `bwd` takes its cotangent.
       consts: values of the graphs' constant variables.
       waits: what equations of `bwd` wait for, by index.
+      jaxs: how many of the residuals JAX has, the first; others are ours, narrower.
     """
 
     fwd: Graph
@@ -48,6 +50,7 @@ class Linear:
     active: tuple[bool, ...]
     inexact: tuple[bool, ...]
     consts: dict[Var, Any]
+    jaxs: int
     waits: Mapping[int, Wait] = dataclasses.field(default_factory=dict)
 
     @property
@@ -123,7 +126,12 @@ def linearise(
         if f
     ]
     bwd, more = _hoist(jax.make_jaxpr(backward)(residuals, cts))
-    return Linear(fwd, bwd, active, inexact, consts | more)
+    consts |= more
+    narrow = by_position(fwd, bwd, consts, len(residuals))
+    if narrow is not None:
+        (fwd, consts), (bwd, more) = map(_hoist, narrow)
+        consts |= more
+    return Linear(fwd, bwd, active, inexact, consts, len(residuals))
 
 
 def _hoist(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:

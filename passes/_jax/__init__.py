@@ -51,8 +51,11 @@ def is_drop(var: Any) -> bool:
     return isinstance(var, core.DropVar)
 
 
-def bind(eqn: Eqn, values: list[Any]) -> list[Any]:
-    """Evaluates one equation under its own source lines, name scopes and context."""
+def bind(eqn: Eqn, values: list[Any], instead: Any = None) -> list[Any]:
+    """Evaluates one equation under its own source lines, name scopes and context.
+
+    Or what is run `instead` of it, a function that returns the list of results.
+    """
     source = eqn.source_info
     stack = source_info_util.current_name_stack() + source.name_stack
     params = eqn.primitive.get_bind_params(eqn.params)
@@ -60,6 +63,8 @@ def bind(eqn: Eqn, values: list[Any]) -> list[Any]:
         source_info_util.user_context(source.traceback, name_stack=stack),
         eqn.ctx.manager,
     ):
+        if instead is not None:
+            return instead(*values)
         out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
