@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mwc.nodes.polish import polished
 from mwc.stages import Straight, Values
 from passes import _jax
 from passes.graph import Graph, Var, evaluate, read
@@ -116,6 +117,7 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
 
     zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
     if inverse.rule is Rule.TRANSPOSE:
+        env = polished(inverse, env)
         _, push = jax.vjp(pull, zeros)
         found = push(h)[0]
         return found if inverse.scale == 1 else found / inverse.scale
