@@ -1,8 +1,9 @@
-"""A deep ReLU classifier of handwritten digits, trained twice.
+"""A deep orthogonal classifier of handwritten digits, trained twice.
 
 Once with `jax.grad`, once with `moonwalk_compile`, from the same seed on the same
-batches: the losses agree, the second needs less memory. Nothing in the model knows of
-it; the decorator is the only difference.
+batches: the losses agree, the second needs less memory. The hidden layers are declared
+coisometric and kept so by the optimizer, and pairs of units are sorted, so that the
+compiler may rebuild every cotangent forward from one bit a unit.
 
     python examples/digits.py
     python examples/digits.py --depth 16 --epochs 10 --target h200
@@ -22,14 +23,15 @@ from sklearn.datasets import load_digits
 
 import mwc
 
-TOLERANCE = 1e-4  # between the losses of the two runs, after every step, float32
+TOLERANCE = 2e-2  # between the losses of the two runs, after every step: Adam magnifies
 
 
 # %% [markdown]
 # ## Data and model
 #
-# 1,797 images of 8×8 pixels. Hidden layers start at the identity plus a little noise:
-# pixels are not negative, so ReLU passes them and a deep stack trains at once.
+# 1,797 images of 8×8 pixels. Hidden layers are orthogonal and start near the identity;
+# the activation sorts pairs of units (max, min), which loses nothing, so a deep stack
+# trains at once.
 
 
 # %%
@@ -46,17 +48,28 @@ def initial(key, depth, width):
     """Weights of an input layer, `depth` hidden layers and the classifier."""
     first, last, *keys = jax.random.split(key, depth + 2)
     entry = jax.random.normal(first, (64, width)) * (2 / 64) ** 0.5
-    noise = [0.3 / width * jax.random.normal(k, (width, width)) for k in keys]
-    hidden = [(jnp.eye(width) + n, jnp.zeros(width)) for n in noise]
+    noise = [0.3 / width**0.5 * jax.random.normal(k, (width, width)) for k in keys]
+    near = [mwc.constraints.orthogonal(jnp.eye(width) + n) for n in noise]
+    hidden = [{"weight": q, "bias": jnp.zeros(width)} for q in near]
     classifier = jax.random.normal(last, (width, 10)) / width**0.5
     return {"entry": entry, "hidden": hidden, "classifier": classifier}
 
 
+# What the model says of itself: these layers have orthogonal weights.
+rotate = mwc.coisometric(lambda h, weight: h @ weight)
+
+
+def sorted_pairs(h):
+    """(max, min) of unit i and unit i + n/2: a permutation of each row."""
+    a, b = jnp.split(h, 2, axis=-1)
+    return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
+
+
 def logits(params, images):
     """The classifier."""
-    h = jax.nn.relu(images @ params["entry"])
-    for weight, bias in params["hidden"]:
-        h = jax.nn.relu(h @ weight + bias)
+    h = images @ params["entry"]
+    for layer in params["hidden"]:
+        h = sorted_pairs(rotate(h, layer["weight"]) + layer["bias"])
     return h @ params["classifier"]
 
 
@@ -68,10 +81,20 @@ def plain_loss(params, batch):
 
 
 # %% [markdown]
-# The whole change:
+# The decorator, and an optimizer that keeps the hidden weights orthogonal:
 
 # %%
 loss = mwc.moonwalk_compile(plain_loss)
+
+
+def orthogonal_adam(steps):
+    """Adam, then back to the nearest orthogonal weights."""
+    schedule = optax.cosine_decay_schedule(3e-3, steps)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adam(schedule),
+        mwc.constraints.retraction(lambda path, _: "weight" in path),
+    )
 
 
 # %% [markdown]
@@ -80,16 +103,15 @@ loss = mwc.moonwalk_compile(plain_loss)
 
 # %%
 def train(name, fun, params, data, epochs, batch, seed, progress):
-    """Adam with a cosine schedule; the loss of every step, and the parameters."""
+    """The loss of every step, the parameters, and the seconds that a step takes."""
     images, labels = data
     steps = len(labels) // batch
-    schedule = optax.cosine_decay_schedule(1e-3, epochs * steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    optimizer = orthogonal_adam(epochs * steps)
 
     @jax.jit
     def step(params, state, batch):
         value, grads = jax.value_and_grad(fun)(params, batch)
-        updates, state = optimizer.update(grads, state)
+        updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     state, losses = optimizer.init(params), []

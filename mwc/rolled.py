@@ -93,10 +93,11 @@ class _Rebuilding(Sweeps):
         x_vars = [v for v in self.x_vars if v in ask]
         shape = (*aval.shape, 2) if jnp.iscomplexobj(h) else aval.shape
         take = guard.sketcher(h, [shape], self._one.found.rows)
-        h, marks, stops = self._back(h, bits, take)
+        h, marks, ties, stops = self._back(h, bits, take)
         found: Values = {self._one.state: h}
         if c_vars or x_vars:
-            found |= self._forth(h, bits, marks, stops, take, c_vars, x_vars, wanted)
+            held = (bits, marks, ties, stops)
+            found |= self._forth(h, held, take, c_vars, x_vars, wanted)
         operand = dict(zip(self._body.graph.invars, eqn.invars, strict=True))
         given: Values = {DRIFT: found.pop(DRIFT)} if DRIFT in found else {}
         for v, ct in found.items():
@@ -115,20 +116,25 @@ class _Rebuilding(Sweeps):
 
     def _back(
         self, h: Array, bits: Sequence[Array], take: guard.Sketcher
-    ) -> tuple[Array, Array, list[Array]]:
-        """Sweep R: h before the first step, sketches, and the cotangents kept."""
+    ) -> tuple[Array, Array, list[Array], list[Array]]:
+        """Sweep R: h before the first step; of all steps sketches, ties, stops."""
         one, loop = self._one, self._rebuilt
         mark = take(h)
         marks = _jax.zeros((loop.length, *mark.shape), mark.dtype, one.result.aval)
         stops = [stacks.zeros(loop.stops, h, one.state)] if loop.stops else []
+        counts = sum(inverse.ties for inverse in one.found.inverses)
+        pair = _jax.zeros((loop.length, 2), jnp.int32, one.result.aval)
+        ties: list[Array] = []
+        for _ in range(counts):
+            ties += [pair, _jax.zeros((loop.length, 2), h.dtype, one.result.aval)]
 
         def step(n: Array, state: Any) -> Any:
-            h, marks, stops = state
+            h, marks, ties, stops = state
             i = loop.length - 1 - n
             marks = stacks.put(marks, take(h), i)
-            h, marks = barrier(
-                [one.pull(self._given(i), self._bits(bits, i), h), marks]
-            )
+            h, kept = one.pull(self._given(i), self._bits(bits, i), h)
+            ties = [stacks.put(b, x, i) for b, x in zip(ties, kept, strict=True)]
+            h, marks, *ties = barrier([h, marks, *ties])
             if stops:
                 keep = (i % loop.every == 0) & (i > 0)
 
@@ -136,16 +142,14 @@ class _Rebuilding(Sweeps):
                     return [stacks.put(kept[0], h, i // loop.every - 1)]
 
                 stops = lax.fori_loop(0, keep.astype(jnp.int32), write, stops)
-            return h, marks, stops
+            return h, marks, ties, stops
 
-        return lax.fori_loop(0, loop.length, step, (h, marks, stops))
+        return lax.fori_loop(0, loop.length, step, (h, marks, ties, stops))
 
     def _forth(
         self,
         h: Array,
-        bits: Sequence[Array],
-        marks: Array,
-        stops: Sequence[Array],
+        kept: tuple[Sequence[Array], Array, Sequence[Array], Sequence[Array]],
         take: guard.Sketcher,
         c_vars: Sequence[Var],
         x_vars: Sequence[Var],
@@ -153,15 +157,11 @@ class _Rebuilding(Sweeps):
     ) -> Values:
         """Sweep V: gradients of constants and per-step inputs, checked."""
         one, loop = self._one, self._rebuilt
-        operands = [*self._init, *self._consts, *self._xs]
-        held = tie([*operands, *bits, marks, *stops], h)
-        counts = [len(self._init), len(self._consts), len(self._xs), len(bits), 1]
-        groups: list[list[Array]] = []
-        for count in counts:
-            groups.append(held[:count])
-            held = held[count:]
-        self._init, self._consts, self._xs, bits, (marks,) = groups
-        stops = held
+        bits, marks, ties, stops = kept
+        groups = [self._init, self._consts, self._xs, bits, [marks], ties, stops]
+        held = iter(tie([x for group in groups for x in group], h))
+        groups = [[next(held) for _ in group] for group in groups]
+        self._init, self._consts, self._xs, bits, (marks,), ties, stops = groups
         ask = {*c_vars, *x_vars}
         g_consts = [stacks.zeros(None, v.aval, v) for v in c_vars]
         g_xs = [stacks.zeros(loop.length, v.aval, v) for v in x_vars]
@@ -174,7 +174,7 @@ class _Rebuilding(Sweeps):
                 fresh = (i % loop.every == 0) & (i > 0)
                 h = jnp.where(fresh, stacks.take(stops[0], at), h)
             values, kept = self.inputs(i, carry), self._bits(bits, i)
-            known = one.push(values, kept, h)
+            known = one.push(values, kept, h, [stacks.take(t, i) for t in ties])
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h

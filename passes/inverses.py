@@ -19,6 +19,8 @@ import enum
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from passes import _jax
 from passes.declared import Fact, declared_p, weight_fact
 from passes.flops import eqn_flops
@@ -59,6 +61,7 @@ class Inverse:
       amplification: growth of errors, None where unknown.
       reason: why, for the plan.
       fact: what is known of the weight, where the rule needs it.
+      ties: whether operands that tie make it lose what the inverse cannot give back.
     """
 
     link: Link
@@ -68,6 +71,7 @@ class Inverse:
     amplification: float | None
     reason: str
     fact: Fact | None = None
+    ties: bool = False
 
 
 # Linear maps that only move numbers: P^T P = I.
@@ -96,7 +100,7 @@ def told(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse | None:
     ) -> Inverse:
         return Inverse(link, verdict, rule, scale, amplification, reason, fact)
 
-    wide, narrow = size(link.target), size(link.source)
+    wide, narrow = _numbers(link.target), _numbers(link.source)
     name = _name(link)
     head = link.eqns[0]
     if head.primitive is declared_p and head.params["side"] == "out":
@@ -148,7 +152,8 @@ def tried(linear: Linear, link: Link) -> Inverse:
         return found(Verdict.NEVER, f"{name} was not examined, it is too large")
     if seen.scale is not None:
         why = f"{name} moves numbers" if seen.steady else f"{name} is coisometric"
-        return found(Verdict.STRUCTURAL, why, Rule.TRANSPOSE, seen.scale, 1.0)
+        inverse = found(Verdict.STRUCTURAL, why, Rule.TRANSPOSE, seen.scale, 1.0)
+        return dataclasses.replace(inverse, ties=seen.ties)
     if seen.diagonal and seen.zeros:
         return found(Verdict.NEVER, f"{name} is flat at some units")
     if seen.diagonal and seen.steady:
@@ -158,6 +163,11 @@ def tried(linear: Linear, link: Link) -> Inverse:
     if seen.diagonal:
         return found(Verdict.GENERIC, f"{name} has unknown slopes", Rule.DIVIDE)
     return found(Verdict.NEVER, f"{name} has no rule to be inverted")
+
+
+def _numbers(v: Var) -> int:
+    """Real numbers of a value: a complex one is two."""
+    return size(v) * (2 if np.issubdtype(v.aval.dtype, np.complexfloating) else 1)
 
 
 def _name(link: Link) -> str:

@@ -33,13 +33,14 @@ import numpy as np
 
 from passes import _jax
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, evaluate, is_var, nbytes, read
+from passes.graph import Graph, Var, evaluate, is_var, nbytes, read, size
 from passes.linearise import Linear
 from passes.table import ELEMENTWISE
 
 _MOST_BYTES = 2**28  # of the values that a probe makes
 _MOST_FLOPS = 2e10
 _POINTS = 4096
+_LEAST = 64  # numbers that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Probed:
       zeros: whether some of the diagonal is zero.
       amplification: root mean square of the diagonal times that of its inverse.
       steady: whether the map depends on constants and branches alone.
+      ties: whether it is no isometry where all of the state is one number.
     """
 
     scale: float | None
@@ -59,6 +61,7 @@ class Probed:
     zeros: bool
     amplification: float
     steady: bool
+    ties: bool = False
 
 
 def probe(
@@ -76,6 +79,9 @@ def probe(
       What was seen; None where it is too large or cannot be run by itself.
     """
     fwd, bwd = linear.fwd, linear.bwd
+    if not size(source):
+        # On no numbers every map is an isometry.
+        return Probed(1.0, True, False, 1.0, True)
     read = bwd.inputs_of([target], [source]) - {source}
     pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
     need = [(r, v) for r, v in pairs if v in read]
@@ -100,30 +106,61 @@ def probe(
         )
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
+    # A single number is a multiple of an isometry whatever its slope: draw more.
+    draws = max(1, -(-_LEAST // size(source)))
     with jax.ensure_compile_time_eval():
-        made = [_random(rng, v.aval, points) for v in inputs]
-        h = _random(rng, source.aval, points)
         # At points each operation is compiled once for all programs; no need for jit.
-        seen = [*(run if points else jax.jit(run))(made, h)]
-        # In double precision: a scale is used again in every stage of a run.
-        long = [np.asarray(x).astype(np.complex128) for x in (h, seen.pop())]
-    lost, apart, square, inverse, least = (float(x) for x in seen)
-    scale = float((np.vdot(*long) / np.vdot(long[0], long[0])).real)
+        look = _Look(run if points else jax.jit(run))
+        rows = []
+        for _ in range(draws):
+            made = [_random(rng, v.aval, points) for v in inputs]
+            h = _random(rng, source.aval, points)
+            rows.append(look(made, h))
+        made = [_level(x) for x in made]
+        on_ties = look(made, h)
+    scales, lost, apart, square, inverse, least = np.array(rows, np.float64).T
+    scale = float(scales[0])
     close = max(64 * float(jnp.finfo(source.aval.dtype).eps), 1e-12)
-    known = lost <= close and scale > 0
+    same = np.max(np.abs(scales - scale)) <= close * scale
+    known = bool(same and np.max(lost) <= close and scale > 0)
+    zeros = bool(np.min(least) == 0)
+    growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
     return Probed(
         scale=_rounded(scale) if known else None,
-        diagonal=apart <= close,
-        zeros=least == 0,
-        amplification=float(np.sqrt(square * inverse)) if least > 0 else float("inf"),
+        diagonal=bool(np.max(apart) <= close),
+        zeros=zeros,
+        amplification=growth,
         steady=_steady(fwd, atoms),
+        ties=bool(known and not on_ties[1] <= close),
     )
+
+
+class _Look:
+    """Looks at a map: scale, what J P h misses of it, and the rest of `_looked_at`."""
+
+    def __init__(self, run: Callable[..., Any]):
+        self._run = run
+
+    def __call__(self, made: list[Any], h: Any) -> list[float]:
+        *seen, again = self._run(made, h)
+        # In double precision: a scale is used again in every stage of a run.
+        a, b = (np.asarray(x).astype(np.complex128) for x in (h, again))
+        scale = float((np.vdot(a, b) / np.vdot(a, a)).real)
+        return [scale, *(float(x) for x in seen)]
+
+
+def _level(x: Any) -> Any:
+    """An array in which everything ties."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return jnp.full_like(x, 0.5)
 
 
 def _looked_at(pull: Callable[[Any], Any], h: Any) -> tuple[Any, ...]:
     """What J P h misses of c h, what P h misses of P(1) h, moments of P(1), J P h."""
     out, push = jax.vjp(pull, h)
-    again = push(out)[0]
+    # The adjoint: JAX's transpose of a complex map does not conjugate.
+    again = jnp.conj(push(jnp.conj(out))[0])
     ones = pull(jnp.ones_like(h))
     scale = jnp.vdot(h, again).real / jnp.vdot(h, h).real
     lost = jnp.max(jnp.abs(again - scale * h)) / jnp.max(jnp.abs(h))

@@ -137,7 +137,7 @@ class Moonwalk:
         last = max((i for i in range(len(bits)) if self._asks(i, wanted)), default=-1)
         h = cts[self.stages[-1].result]
         take = guard.sketcher(h, self._shapes(last), self.rows) if last >= 0 else None
-        h, marks = self._back(values, bits, h, last, take)
+        h, marks, ties = self._back(values, bits, h, last, take)
         found: Values = {}
         if self.lead is not None:
             # Before sweep V, in which its cotangent would have to stay alive.
@@ -146,7 +146,7 @@ class Moonwalk:
             found = {self.stages[0].state: h}
         if take is not None:
             values, bits, h = self._tied(values, bits[: last + 1], h, found)
-            more = self._forth(values, bits, h, marks, take, wanted)
+            more = self._forth(values, bits, h, marks, ties, take, wanted)
             found |= _added(found, more)
         return found
 
@@ -191,14 +191,17 @@ class Moonwalk:
         h: Array,
         last: int,
         take: guard.Sketcher | None,
-    ) -> tuple[Array, list[Array]]:
-        """Sweep R: the cotangent of the first state, and sketches up to `last`."""
+    ) -> tuple[Array, list[Array], list[list[Array]]]:
+        """Sweep R: the cotangent of the first state; sketches and ties up to `last`."""
         marks: list[Array] = []
+        ties: list[list[Array]] = []
         for i in reversed(range(len(self.stages))):
             mark = [take(h)] if take is not None and i <= last else []
-            h, *mark = barrier([self.stages[i].pull(values, bits[i], h), *mark])
-            marks += mark
-        return h, marks[::-1]
+            below, kept = self.stages[i].pull(values, bits[i], h, ties=bool(mark))
+            h, *both = barrier([below, *mark, *kept])
+            marks += both[: len(mark)]
+            ties += [both[len(mark) :]] if mark else []
+        return h, marks[::-1], ties[::-1]
 
     def _forth(
         self,
@@ -206,6 +209,7 @@ class Moonwalk:
         bits: Sequence[Sequence[Array]],
         h: Array,
         marks: Sequence[Array],
+        ties: Sequence[Sequence[Array]],
         take: guard.Sketcher,
         wanted: Collection[Var],
     ) -> Values:
@@ -214,7 +218,7 @@ class Moonwalk:
         readings: list[Array] = []
         found: Values = {}
         for i, one in enumerate(stages):
-            known = one.push(values, bits[i], h)
+            known = one.push(values, bits[i], h, ties[i])
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc.nodes.polish import polished
+from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
 from passes import _jax
 from passes.graph import Graph, Var, evaluate, read
@@ -47,16 +48,39 @@ class Rebuilt:
     state: Var
     result: Var
 
-    def pull(self, values: Values, bits: Sequence[Array], h_out: Array) -> Array:
-        """h_in from h_out; `values` need not have the state."""
-        cts = {self.result: h_out}
-        return self.stage.pull(values, bits, False, cts, {self.state})[self.state]
+    def pull(
+        self, values: Values, bits: Sequence[Array], h_out: Array, ties: bool = True
+    ) -> tuple[Array, list[Array]]:
+        """h_in from h_out; `values` need not have the state.
 
-    def push(self, values: Values, bits: Sequence[Array], h_in: Array) -> Values:
+        Also, with `ties`, what `push` would miss where operands tie.
+        """
+        bwd = self.stage.linear.bwd
+        read = bwd.inputs_of([self._target])
+        env = self.stage.residuals(values, bits, False, read)
+        cts = env | {self.last: h_out}
+        (h_in,) = evaluate(bwd, cts, [self._target])
+        kept: list[Array] = []
+        for inverse in self.found.inverses if ties else ():
+            if inverse.ties:
+                link = inverse.link
+                again = _invert(bwd, inverse, env, cts[link.target])
+                kept += missed(cts[link.source], again)
+        return h_in, kept
+
+    def push(
+        self,
+        values: Values,
+        bits: Sequence[Array],
+        h_in: Array,
+        kept: Sequence[Array] = (),
+    ) -> Values:
         """The cotangents between its links, from h_in to h_out.
 
-        They are named as in the stage's derivative; h_out is `last`.
+        They are named as in the stage's derivative; h_out is `last`. `kept` is what
+        `pull` kept of ties.
         """
+        lost = list(kept)
         bwd = self.stage.linear.bwd
         links = [inverse.link for inverse in self.found.inverses]
         need: set[Var] = set()
@@ -66,7 +90,10 @@ class Rebuilt:
         known = {self._target: h_in}
         for inverse in reversed(self.found.inverses):
             link = inverse.link
-            known[link.source] = _invert(bwd, inverse, env, known[link.target])
+            h = _invert(bwd, inverse, env, known[link.target])
+            if inverse.ties:
+                h, lost = mended(h, lost[-2:]), lost[:-2]
+            known[link.source] = h
         return known
 
     @property
@@ -119,7 +146,8 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
     if inverse.rule is Rule.TRANSPOSE:
         env = polished(inverse, env)
         _, push = jax.vjp(pull, zeros)
-        found = push(h)[0]
+        # The adjoint: JAX's transpose of a complex map does not conjugate.
+        found = jnp.conj(push(jnp.conj(h))[0])
         return found if inverse.scale == 1 else found / inverse.scale
     if inverse.rule is Rule.DIVIDE:
         return h / pull(zeros + 1)
