@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mwc import MoonwalkTypeError, MoonwalkValueError, moonwalk_compile
+from tests import frontend
 
 pytestmark = pytest.mark.usefixtures("quick")
 W = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -41,7 +42,7 @@ def test_part_of_a_batch(rows, part):
 def test_other_axes():
     def loss(w, x, y):
         seen.append((x.shape, y.shape))
-        return jnp.sum(jnp.sin(w @ x)) * jnp.sum(y)
+        return jnp.sum(jnp.sin(w @ x) ** 2) * jnp.sum(y)
 
     for axis in (1, -1):
         seen = []
@@ -88,3 +89,23 @@ def test_under_a_transformation():
     fun = moonwalk_compile(lambda w, x: jnp.sum(w * x))
     with pytest.raises(MoonwalkTypeError, match="under a JAX transformation"):
         jax.jit(lambda x: fun.check(W, x, batch_axis=0).max_error)(W)
+
+
+def test_check():
+    fun = moonwalk_compile(frontend.loss, argnums=(0, 1))
+    report = fun.check(frontend.W, frontend.X)
+    assert report.ok
+    assert report.max_error < 1e-5
+    assert report.headroom is None
+    assert report.worst_stage is None
+    assert "agree" in str(report)
+
+
+@pytest.mark.usefixtures("wrong_program")
+def test_check_finds_a_wrong_gradient():
+    report = moonwalk_compile(frontend.loss, argnums=(0, 1)).check(
+        frontend.W, frontend.X
+    )
+    assert not report.ok
+    assert report.worst_leaf == "['gradient'][0]"
+    assert "DIFFER" in str(report)
