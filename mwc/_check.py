@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mwc.errors import MoonwalkTypeError
+from mwc._trace import Signature, is_array
+from mwc.errors import MoonwalkTypeError, MoonwalkValueError
 
 # Rounding of a gradient that another fusion computes, by dtype: sums of many terms
 # differ by more than one unit in the last place.
@@ -85,6 +87,49 @@ def check(
         row = loss.plan(*args, **kwargs).stages[int(drift.stage)]
         stage = f"stage {int(drift.stage)}, {row.source}"
     return CheckReport(ok, worst, where, headroom, stage)
+
+
+def first_part(data: Any, axis: int, signature: Signature) -> Any:
+    """The first eighth of a batch, at least two entries of it.
+
+    Args:
+      data: a tree of arguments; a leaf is cut if it is an array that has the axis, with
+        the size that most leaves have there.
+      axis: the axis of the batch.
+      signature: whose arguments they are, for the error.
+
+    Returns:
+      The tree with its leaves cut.
+
+    Raises:
+      MoonwalkValueError: no leaf has the axis.
+    """
+    sizes = collections.Counter(
+        leaf.shape[axis] for leaf in jax.tree.leaves(data) if _has_axis(leaf, axis)
+    )
+    if not sizes:
+        raise MoonwalkValueError(
+            f"batch_axis={axis} is an axis that no data argument of {signature.name} "
+            "has",
+            expected="an axis of an array outside argnums",
+            remedy="leave batch_axis out to compare on all of the data",
+            source=signature.source,
+        )
+    ((size, _),) = sizes.most_common(1)
+    part = min(size, max(2, size // 8))
+
+    def cut(leaf: Any) -> Any:
+        if not _has_axis(leaf, axis) or leaf.shape[axis] != size:
+            return leaf
+        at = [slice(None)] * leaf.ndim
+        at[axis] = slice(part)
+        return leaf[tuple(at)]
+
+    return jax.tree.map(cut, data)
+
+
+def _has_axis(leaf: Any, axis: int) -> bool:
+    return -np.ndim(leaf) <= axis < np.ndim(leaf) if is_array(leaf) else False
 
 
 def _compare(leaf: Any, right: Any) -> tuple[float, bool]:

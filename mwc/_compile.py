@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mwc import _trace
-from mwc._check import CheckReport, check
+from mwc._check import CheckReport, check, first_part
 from mwc._gradients import Gradients, ValueAndGrad
 from mwc._options import make_options
 from mwc._shared import Shared
@@ -63,17 +63,41 @@ class Compiled:
     ) -> CheckReport:
         """Compares the gradients with backpropagation through the plain function.
 
+        The reference is checkpointed as a whole. Where it would not fit all the same,
+        `batch_axis` compares on a part of the batch: both gradients are then those of
+        the first eighth of the data (at least two entries) along that axis. Data is
+        every array outside `argnums`; one is cut if it has the axis, with the size that
+        most of the data has there, and others are passed whole.
+
         Args:
           *args: concrete arrays.
-          batch_axis: not used while the reference, which is checkpointed, fits.
+          batch_axis: the axis along which the data is cut, None to take all of it.
           **kwargs: the same.
 
         Returns:
           A report with `.ok` and the worst leaf.
+
+        Raises:
+          MoonwalkValueError: no data has the axis.
         """
-        del batch_axis
+        if batch_axis is not None:
+            args, kwargs = self._part(args, kwargs, batch_axis)
         full = (*self._bound, *args)
         return check(self, lambda: self._reference(full, kwargs), args, kwargs)
+
+    def _part(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with a part of the batch."""
+        shared, bound = self._shared, len(self._bound)
+        signature, full = shared.signature, (*self._bound, *args)
+        whole = {*range(bound), *(n % len(full) for n in signature.static_nums)}
+        whole.update(_trace.positions(shared.argnums, full, signature, bound))
+        data = {i: x for i, x in enumerate(full) if i not in whole}
+        named = {k: x for k, x in kwargs.items() if k not in signature.static_names}
+        data, named = first_part((data, named), axis, signature)
+        full = tuple(data.get(i, x) for i, x in enumerate(full))
+        return full[bound:], kwargs | named
 
     def memory(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
         """Compiled memory of this function and of the usual alternatives.
@@ -104,7 +128,7 @@ class Compiled:
 
     def _reference(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shared = self._shared
-        plain = Gradients(shared, len(self._bound), jax.checkpoint(shared.fun))
+        plain = Gradients(shared, len(self._bound), shared.checkpointed)
         return unwrap(jax.jit(lambda: wrap(plain(args, kwargs)))())
 
 

@@ -64,6 +64,22 @@ class Shared:
             static_argnames=self.signature.static_names or None,
         )
 
+    def checkpointed(self, *args: Any, **kwargs: Any) -> Any:
+        """The function under `jax.checkpoint`, which takes arrays only."""
+        nums = {n % len(args) for n in self.signature.static_nums}
+        names = self.signature.static_names
+        fixed = {i: x for i, x in enumerate(args) if i in nums}
+        named = {k: x for k, x in kwargs.items() if k in names}
+
+        def run(moving: list[Any], rest: dict[str, Any]) -> Any:
+            given = iter(unwrap(moving))
+            full = [fixed[i] if i in fixed else next(given) for i in range(len(args))]
+            return wrap(self.fun(*full, **unwrap(rest), **named))
+
+        moving = [x for i, x in enumerate(args) if i not in fixed]
+        rest = {k: x for k, x in kwargs.items() if k not in named}
+        return unwrap(jax.checkpoint(run)(wrap(moving), wrap(rest)))
+
     def prepared(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:

@@ -12,6 +12,7 @@ import mwc
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("mwc", "passes")
 MODULES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
+TESTS = sorted(p for d in ("tests", "examples") for p in (ROOT / d).rglob("*.py"))
 INTERNALS = ("jax._src", "jax.extend", "jax.interpreters", "jaxlib")
 LINES = 400
 
@@ -57,7 +58,7 @@ def test_one_package_touches_internals(path):
     assert not [n for n in names for package in INTERNALS if touches(n, package)]
 
 
-@each_module
+@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=label)
 def test_modules_are_short_and_explained(path):
     text = path.read_text()
     assert len(text.splitlines()) < LINES

@@ -6,71 +6,23 @@ another that saves nothing runs too. The reference is always JAX's own derivativ
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 
 from mwc import moonwalk_compile
-from passes import _jax
+from tests.transforming import (
+    SECOND_ORDER,
+    arrays,
+    both,
+    loss,
+    vector,
+    with_custom,
+    with_jvp_rule,
+)
 
 pytestmark = pytest.mark.usefixtures("x64", "either_program", "quick")
-
-KEY = jax.random.key(0)
-
-
-def arrays(*shapes):
-    keys = jax.random.split(KEY, len(shapes))
-    return [0.5 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-
-
-def same(mine, true):
-    assert jax.tree.structure(mine) == jax.tree.structure(true)
-    for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(true), strict=True):
-        assert (jnp.shape(one), jnp.result_type(one)) == (
-            jnp.shape(two),
-            jnp.result_type(two),
-        )
-        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
-
-
-def loss(w, x):
-    return jnp.sum(jnp.tanh(x @ w) ** 2) + jnp.sum(w**3)
-
-
-def vector(w, x):
-    return jnp.tanh(x @ w).sum(0), jnp.sum(w**2)
-
-
-@jax.custom_vjp
-def doubled(x):
-    return jnp.sin(x)
-
-
-doubled.defvjp(lambda x: (jnp.sin(x), x), lambda x, ct: (2.0 * jnp.cos(x) * ct,))
-
-
-def with_custom(w, x):
-    return jnp.sum(doubled(x @ w) ** 2)
-
-
-@jax.custom_jvp
-def tripled(x):
-    return jnp.sin(x)
-
-
-tripled.defjvp(lambda p, t: (jnp.sin(p[0]), 3.0 * jnp.cos(p[0]) * t[0]))
-
-
-def with_jvp_rule(w, x):
-    return jnp.sum(tripled(x @ w) ** 2)
-
-
-def both(make, *args, fun=loss):
-    same(make(moonwalk_compile(fun))(*args), make(fun)(*args))
 
 
 FIRST_ORDER = {
@@ -137,39 +89,6 @@ def test_second_order(outer, inner, fun):
     )
 
 
-SECOND_ORDER = {
-    "hessian": jax.hessian,
-    "jit of hessian": lambda f: jax.jit(jax.hessian(f)),
-    "hvp forward over reverse": lambda f: (
-        lambda w, x: jax.jvp(lambda w: jax.grad(f)(w, x), (w,), (jnp.sin(w),))
-    ),
-    "hvp reverse over reverse": lambda f: (
-        lambda w, x: jax.grad(lambda w: jnp.sum(jax.grad(f)(w, x) * jnp.sin(w)))(w)
-    ),
-    "hvp reverse over forward": lambda f: (
-        lambda w, x: jax.grad(
-            lambda w: jax.jvp(lambda w: f(w, x), (w,), (jnp.sin(w),))[1]
-        )(w)
-    ),
-    "gradient penalty": lambda f: jax.grad(
-        lambda w, x: f(w, x) + jnp.sum(jax.grad(f, argnums=1)(w, x) ** 2)
-    ),
-    "value of value_and_grad": lambda f: jax.grad(
-        lambda w, x: jax.value_and_grad(f)(w, x)[0]
-    ),
-    "grad of vmapped grad": lambda f: jax.grad(
-        lambda w, x: jnp.sum(
-            jax.vmap(jax.grad(f, argnums=1), (None, 0))(w, x[:, None]) ** 2
-        )
-    ),
-    "cotangent alone": lambda f: (
-        lambda w, x: jax.grad(lambda c: jnp.sum(jax.vjp(f, w, x)[1](c)[0] ** 2))(
-            jnp.array(0.7)
-        )
-    ),
-}
-
-
 @pytest.mark.parametrize("name", sorted(SECOND_ORDER))
 def test_second_order_uses(name):
     both(SECOND_ORDER[name], *arrays((2, 3), (4, 2)))
@@ -207,6 +126,8 @@ VMAPS = {
     "data, parameters": lambda f: jax.vmap(jax.vmap(f, (None, 0)), (0, None)),
     "named": lambda f: jax.vmap(f, (None, 0), axis_name="rows"),
 }
+
+
 VMAP_SHAPES = {
     "data": ((3, 4), (6, 5, 3)),
     "parameters": ((6, 3, 4), (5, 3)),
@@ -289,219 +210,3 @@ def test_axis_index_maps_though_no_input_is_mapped():
 
     both(mapped, w, fun=f)
     both(lambda f: jax.grad(lambda w: jnp.sum(mapped(f)(w) ** 2)), w, fun=f)
-
-
-def scanned(f, w, xs):
-    def step(carry, x):
-        return jnp.tanh(carry + 0.1 * w), f(carry, x[None])
-
-    return lax.scan(step, w, xs)
-
-
-CONTROL = {
-    "scan": lambda f: lambda w, xs: jnp.sum(scanned(f, w, xs)[1]),
-    "scan of carry": lambda f: (
-        lambda w, xs: jnp.sum(
-            lax.scan(lambda c, x: (c - 0.1 * jax.grad(f)(c, x[None]), None), w, xs)[0]
-            ** 2
-        )
-    ),
-    "fori": lambda f: (
-        lambda w, xs: lax.fori_loop(0, 3, lambda i, c: c + f(w, xs + 0.1 * c), 0.0)
-    ),
-    "cond": lambda f: (
-        lambda w, xs: lax.cond(
-            jnp.sum(xs) > 1e6, lambda w: jnp.sum(w), lambda w: f(w, xs), w
-        )
-    ),
-    "switch": lambda f: (
-        lambda w, xs: lax.switch(1, [lambda w: jnp.sum(w), lambda w: f(w, xs)], w)
-    ),
-    "map": lambda f: lambda w, xs: jnp.sum(lax.map(lambda x: f(w, x[None]), xs)),
-    "nested jit": lambda f: lambda w, xs: jax.jit(lambda w: jax.jit(f)(w, xs))(w),
-    "checkpointed scan": lambda f: (
-        lambda w, xs: jnp.sum(scanned(jax.checkpoint(f), w, xs)[1])
-    ),
-}
-
-
-@pytest.mark.parametrize("name", sorted(CONTROL))
-@pytest.mark.parametrize("order", ["grad", "hvp", "jvp"])
-def test_control_flow(name, order):
-    def make(f):
-        g = CONTROL[name](f)
-        if order == "grad":
-            return jax.jit(jax.value_and_grad(g, argnums=(0, 1)))
-        if order == "jvp":
-            return jax.jit(lambda w, x: jax.jvp(g, (w, x), (w, x)))
-        return jax.jit(lambda w, x: jax.jvp(jax.grad(g), (w, x), (w, x)))
-
-    both(make, *arrays((2, 3), (4, 2)))
-
-
-def test_while_in_forward_mode():
-    def make(f):
-        def run(w, x):
-            grow = lambda c: (c[0] + 1, c[1] + f(w, x) * 0.1)  # noqa: E731
-            return lax.while_loop(lambda c: c[0] < 3, grow, (0, jnp.array(0.0)))[1]
-
-        return lambda w, x: jax.jvp(run, (w, x), (w, x))
-
-    both(make, *arrays((2, 3), (4, 2)))
-
-
-BODIES = {
-    "scan inside": lambda w, x: jnp.sum(
-        lax.scan(lambda c, r: (jnp.tanh(c + r), c * r), w[:, 0], x)[1]
-    ),
-    "cond inside": lambda w, x: lax.cond(
-        jnp.sum(x) > 0, lambda a: jnp.sum(a @ w), lambda a: jnp.sum(jnp.sin(a @ w)), x
-    ),
-    "checkpoint inside": lambda w, x: jnp.sum(
-        jax.checkpoint(lambda w: jnp.sin(jnp.sin(x @ w)))(w)
-    ),
-    "decorated inside": lambda w, x: moonwalk_compile(loss)(w, x) ** 2,
-    "vmap inside": lambda w, x: jnp.sum(jax.vmap(lambda r: jnp.sin(r @ w))(x) ** 2),
-    "gradient inside": lambda w, x: jnp.sum(jax.grad(loss)(w, x) ** 2),
-}
-
-
-@pytest.mark.parametrize("name", sorted(BODIES))
-def test_what_may_be_inside(name):
-    args = arrays((2, 3), (4, 2))
-    both(lambda f: jax.grad(f, argnums=(0, 1)), *args, fun=BODIES[name])
-    both(SECOND_ORDER["hvp forward over reverse"], *args, fun=BODIES[name])
-
-
-def test_decorated_twice():
-    both(
-        lambda f: jax.grad(moonwalk_compile(moonwalk_compile(f))),
-        *arrays((2, 3), (4, 2)),
-    )
-
-
-def test_recursion_through_static_depth():
-    @partial(moonwalk_compile, static_argnums=2)
-    def deep(w, x, n):
-        return loss(w, x) if n == 0 else jnp.sin(deep(w, x, n - 1)) + jnp.sum(w)
-
-    def plain(w, x, n):
-        return loss(w, x) if n == 0 else jnp.sin(plain(w, x, n - 1)) + jnp.sum(w)
-
-    w, x = arrays((2, 3), (4, 2))
-    same(jax.grad(lambda w: deep(w, x, 2))(w), jax.grad(lambda w: plain(w, x, 2))(w))
-
-
-def test_closed_over_tracers_are_differentiable():
-    def make(wrap):
-        def outer(w, x):
-            scale = jnp.sum(w**2)
-            return wrap(lambda v: jnp.sum(jnp.sin(v @ w) * scale))(x)
-
-        return outer
-
-    args = arrays((2, 3), (4, 2))
-    mine, true = make(moonwalk_compile), make(lambda f: f)
-    for change in (
-        lambda f: f,
-        lambda f: jax.grad(f, argnums=(0, 1)),
-        lambda f: jax.jit(jax.grad(f)),
-        jax.hessian,
-        lambda f: jax.vmap(f, (None, 0)),
-        lambda f: jax.grad(lambda w, x: jnp.sum(jax.vmap(f, (None, 0))(w, x))),
-    ):
-        same(change(mine)(*args), change(true)(*args))
-
-
-def test_captured_arrays():
-    table = np.arange(6.0).reshape(2, 3)
-    bias = jnp.ones(3)
-    both(
-        jax.grad,
-        *arrays((2, 3)),
-        fun=lambda w: jnp.sum(jnp.sin(w * table + bias)),
-    )
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (1, 3)])
-def test_small_sizes(shape):
-    w, x = arrays((3, 4), shape)
-    both(lambda f: jax.value_and_grad(f, argnums=(0, 1)), w, x)
-    both(lambda f: jax.vmap(jax.grad(f), (None, 0)), w, x[:, None])
-
-
-def test_jaxprs_print_and_check():
-    w, x = arrays((3, 4), (5, 3))
-    f = moonwalk_compile(loss)
-    assert "moonwalk_call" in str(jax.make_jaxpr(f)(w, x))
-    text = str(jax.make_jaxpr(jax.grad(f))(w, x))
-    assert "moonwalk_forward" in text
-    assert "moonwalk_backward" in text
-    assert "moonwalk_linear" not in text
-    with jax.enable_checks(True):
-        same(jax.grad(f)(w, x), jax.grad(loss)(w, x))
-
-
-def has_aux_loss(w, x):
-    hidden = jnp.tanh(x @ w)
-    return jnp.sum(hidden**2), (hidden, jnp.argmax(hidden), None)
-
-
-def saved_and_read(jaxpr):
-    """Numbers of saved values that a forward sweep keeps and a backward reads."""
-    small, _ = _jax.dead_code(jaxpr, [True] * len(jaxpr.out_avals))
-    found = {
-        e.primitive.name: sum(e.params["site"].kept)
-        for e in small.eqns
-        if "site" in e.params
-    }
-    return found["moonwalk_forward"], found["moonwalk_backward"]
-
-
-def chain_of_two(w, v, x):
-    hidden = jnp.tanh(x @ w)
-    return jnp.sum(hidden), jnp.sum(jnp.sin(x @ v)), hidden
-
-
-@pytest.mark.usefixtures("program")
-def test_dead_code_shrinks_what_is_saved():
-    args = arrays((3, 4), (3, 2), (5, 3))
-    f = moonwalk_compile(chain_of_two)
-
-    def run(fun):
-        return jax.grad(lambda *a: fun(*a)[0], argnums=(0, 1))
-
-    # The program saves 3 arguments and 3 results, and reads the active arguments; of
-    # those only w has to do with the result that is differentiated.
-    assert saved_and_read(jax.make_jaxpr(run(f))(*args)) == (1, 1)
-    same(run(f)(*args), run(chain_of_two)(*args))
-    # Nothing needs the saved values once no cotangent is asked for.
-    dead = jax.make_jaxpr(lambda *a: jax.vjp(f, *a)[0])(*args)
-    small, _ = _jax.dead_code(dead, [True] * 3)
-    assert [e.primitive.name for e in small.eqns] == ["moonwalk_call"]
-
-
-def test_has_aux():
-    both(
-        lambda f: jax.value_and_grad(f, argnums=(0, 1), has_aux=True),
-        *arrays((3, 4), (5, 3)),
-        fun=has_aux_loss,
-    )
-    both(
-        lambda f: jax.jit(jax.grad(f, has_aux=True)),
-        *arrays((3, 4), (5, 3)),
-        fun=has_aux_loss,
-    )
-
-
-def test_unused_outputs():
-    both(
-        lambda f: jax.jit(jax.grad(lambda w, x: jnp.sum(f(w, x)[0]))),
-        *arrays((3, 4), (5, 3)),
-        fun=vector,
-    )
-    both(
-        lambda f: jax.jit(lambda w, x: jax.vjp(f, w, x)[1]((jnp.ones(4), 1.0))[1]),
-        *arrays((3, 4), (5, 3)),
-        fun=vector,
-    )
