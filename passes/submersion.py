@@ -27,6 +27,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from passes import _jax
 from passes.declared import Fact, declared_p, weight_fact
 from passes.flops import eqn_flops
@@ -231,7 +233,7 @@ def _judge(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse:
     ) -> Inverse:
         return Inverse(link, verdict, rule, scale, amplification, reason, fact)
 
-    wide, narrow = size(link.target), size(link.source)
+    wide, narrow = _numbers(link.target), _numbers(link.source)
     name = _name(link)
     head = link.eqns[0]
     if head.primitive is declared_p and head.params["side"] == "out":
@@ -277,6 +279,11 @@ def _by_probe(found: Callable[..., Inverse], seen: Probed, name: str) -> Inverse
     if seen.diagonal:
         return found(Verdict.GENERIC, f"{name} has unknown slopes", Rule.DIVIDE)
     return found(Verdict.NEVER, f"{name} has no rule to be inverted")
+
+
+def _numbers(v: Var) -> int:
+    """Real numbers of a value: a complex one is two."""
+    return size(v) * (2 if np.issubdtype(v.aval.dtype, np.complexfloating) else 1)
 
 
 def _name(link: Link) -> str:

@@ -117,7 +117,8 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
     zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
     if inverse.rule is Rule.TRANSPOSE:
         _, push = jax.vjp(pull, zeros)
-        found = push(h)[0]
+        # The adjoint: JAX's transpose of a complex map does not conjugate.
+        found = jnp.conj(push(jnp.conj(h))[0])
         return found if inverse.scale == 1 else found / inverse.scale
     if inverse.rule is Rule.DIVIDE:
         return h / pull(zeros + 1)
