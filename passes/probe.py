@@ -35,6 +35,7 @@ from passes.linearise import Linear
 
 _MOST_BYTES = 2**28  # of the values that a probe makes
 _MOST_FLOPS = 2e10
+_LEAST = 64  # numbers that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,20 +119,25 @@ def probe(
         )
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
+    # A single number is a multiple of an isometry whatever its slope: draw more.
+    draws = max(1, -(-_LEAST // size(source)))
     with jax.ensure_compile_time_eval():
-        made = [_random(rng, v.aval) for v in inputs]
-        h = _random(rng, source.aval)
-        seen = [float(x) for x in jax.jit(run)(made, h)]
-    scale, lost, apart, square, inverse, least = seen
+        compiled = jax.jit(run)
+        rows = []
+        for _ in range(draws):
+            made = [_random(rng, v.aval) for v in inputs]
+            rows.append([float(x) for x in compiled(made, _random(rng, source.aval))])
+    scales, lost, apart, square, inverse, least = np.asarray(rows).T
     eps = float(jnp.finfo(source.aval.dtype).eps)
     fine = max(64 * eps, 1e-12)
-    diagonal = apart <= fine
-    known = lost <= fine and scale > 0
-    if known:
-        scale = _rounded(scale)
-    growth = float(np.sqrt(square * inverse)) if least > 0 else float("inf")
-    steady = _steady(fwd, atoms)
-    return Probed(scale if known else None, diagonal, least == 0, growth, steady)
+    scale = scales[0]
+    same = np.max(np.abs(scales - scale)) <= fine * scale
+    known = bool(same and np.max(lost) <= fine and scale > 0)
+    diagonal = bool(np.max(apart) <= fine)
+    zeros = bool(np.min(least) == 0)
+    growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
+    kept = _rounded(float(scale)) if known else None
+    return Probed(kept, diagonal, zeros, growth, _steady(fwd, atoms))
 
 
 def _rounded(scale: float) -> float:
