@@ -7,10 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import mwc
 from mwc._build import Builder
 from mwc._rebuilding import Judge
+from mwc.constraints import orthogonal, unit_triangular
 from passes.declared import facts
 from passes.depend import carries_tangent
 from passes.inline import inline
@@ -116,3 +118,67 @@ def layer(h, w):
 @functools.partial(mwc.coisometric, scale=9.0)
 def tripled(h, w, b):
     return 3 * (h @ w) + b
+
+
+# Chains
+
+DEPTH, WIDTH, BATCH = 16, 6, 4
+
+KINKS = {
+    "abs": jnp.abs,
+    "leaky 0.9": lambda x: jax.nn.leaky_relu(x, 0.9),
+    "leaky 0.5": lambda x: jax.nn.leaky_relu(x, 0.5),
+    "max-min": max_min,
+}
+LAYERS = {
+    "declared": lambda x, w: layer(x, w),
+    "orthogonal": lambda x, w: x @ orthogonal(w),
+    "triangular": lambda x, w: x @ unit_triangular(w, 0.3).T,
+}
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def weights(depth=DEPTH, width=WIDTH):
+    """Orthogonal matrices and biases of a chain, stacked."""
+    draw = np.random.default_rng(depth)
+    made = np.linalg.qr(draw.standard_normal((depth, width, width)))[0]
+    return made, 0.1 * draw.standard_normal((depth, width))
+
+
+def data(batch=BATCH, width=WIDTH):
+    return numbers(1, batch, width), numbers(2, batch, width)
+
+
+def mean_square(x, y):
+    return jnp.mean(jnp.abs(x - y) ** 2)
+
+
+def chain(kink="abs", kind="declared"):
+    """A loss of [(w, b), ...] and (x, y)."""
+
+    def loss(params, batch):
+        x, y = batch
+        for w, b in params:
+            x = KINKS[kink](LAYERS[kind](x, w) + b)
+        return mean_square(x, y)
+
+    return loss
+
+
+def layers(depth=DEPTH, width=WIDTH):
+    return [*zip(*weights(depth, width), strict=True)]
+
+
+def over_layers(kink="abs", reverse=False):
+    def loss(params, batch):
+        def step(x, p):
+            w, b = p
+            return KINKS[kink](layer(x, w) + b), None
+
+        x, y = batch
+        return mean_square(lax.scan(step, x, params, reverse=reverse)[0], y)
+
+    return loss
