@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from passes import _jax
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, evaluate, is_var, nbytes, size
 from passes.linearise import Linear
@@ -83,6 +84,8 @@ def probe(
     inputs = [v for v in fwd.inputs_of(atoms) if v not in linear.consts]
     bytes_ = sum(nbytes(v) for e in todo for v in e.outvars) + sum(map(nbytes, inputs))
     work = sum(eqn_flops(e).total for e in todo)
+    if any(_on_mesh(v) for e in todo for v in e.outvars):
+        return None
     if bytes_ > _MOST_BYTES or work > _MOST_FLOPS or any(e.effects for e in todo):
         return None
 
@@ -101,7 +104,7 @@ def probe(
         # The adjoint: JAX's transpose of a complex map does not conjugate.
         again = jnp.conj(push(jnp.conj(out))[0])
         ones = pull(jnp.ones_like(h))
-        scale = jnp.vdot(h, again).real / jnp.vdot(h, h).real
+        scale = jnp.real(jnp.vdot(h, again)) / jnp.real(jnp.vdot(h, h))
         lost = jnp.max(jnp.abs(again - scale * h)) / jnp.max(jnp.abs(h))
         if ones.shape != h.shape:
             return scale, lost, jnp.inf, 0.0, 0.0, 0.0
@@ -127,17 +130,25 @@ def probe(
         for _ in range(draws):
             made = [_random(rng, v.aval) for v in inputs]
             rows.append([float(x) for x in compiled(made, _random(rng, source.aval))])
-    scales, lost, apart, square, inverse, least = np.asarray(rows).T
+    columns = [np.asarray(column) for column in zip(*rows, strict=True)]
+    scales, lost, apart, square, inverse, least = columns
     eps = float(jnp.finfo(source.aval.dtype).eps)
     fine = max(64 * eps, 1e-12)
-    scale = scales[0]
+    scale = float(scales[0])
     same = np.max(np.abs(scales - scale)) <= fine * scale
     known = bool(same and np.max(lost) <= fine and scale > 0)
     diagonal = bool(np.max(apart) <= fine)
     zeros = bool(np.min(least) == 0)
     growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
-    kept = _rounded(float(scale)) if known else None
+    kept = _rounded(scale) if known else None
     return Probed(kept, diagonal, zeros, growth, _steady(fwd, atoms))
+
+
+def _on_mesh(var: Var) -> bool:
+    """Whether an equation that makes it cannot run by itself, off its mesh."""
+    mesh = getattr(getattr(var.aval, "sharding", None), "mesh", None)
+    explicit = jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+    return explicit or bool(_jax.varying(var.aval))
 
 
 def _rounded(scale: float) -> float:

@@ -262,7 +262,9 @@ def _judge(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse:
         return found(Verdict.NEVER, f"{name} adds up several paths with free weights")
     seen = probe(linear, link.eqns, link.source, link.target)
     if seen is None:
-        return found(Verdict.NEVER, f"{name} was not examined, it is too large")
+        return found(
+            Verdict.NEVER, f"{name} was not run to see: too large, or on a mesh"
+        )
     return _by_probe(found, seen, name)
 
 

@@ -49,7 +49,7 @@ def test_float32(shape):
     assert defect(q) <= 3e-7
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e3, 1e30])
 def test_scale_does_not_matter(scale):
     x = np.float32(raw(12, 8))
     q = orthogonal(x * np.float32(scale))
@@ -98,7 +98,7 @@ def test_derivative_of_orthogonal(shape):
 def test_second_derivative_of_orthogonal():
     x, c = jnp.asarray(raw(3, 2)), jnp.asarray(raw(3, 2, seed=2))
     grad = jax.jit(jax.grad(lambda x: jnp.sum(c * orthogonal(x))))
-    hessian = jax.hessian(lambda x: jnp.sum(c * orthogonal(x)))(x).reshape(6, 6)
+    hessian = jax.jit(jax.jacfwd(grad))(x).reshape(6, 6)
     assert np.all(np.isfinite(hessian))
     for i, unit in enumerate(np.eye(6).reshape(6, 3, 2)):
         gap = (grad(x + 1e-5 * unit) - grad(x - 1e-5 * unit)) / 2e-5
