@@ -137,3 +137,8 @@ def nbytes(atom: Atom) -> int:
 def size(atom: Atom) -> int:
     """Elements of a value."""
     return math.prod(getattr(atom.aval, "shape", ()))
+
+
+def numbers(atom: Atom) -> int:
+    """Real numbers in an atom: a complex one is two."""
+    return size(atom) * (2 if atom.aval.dtype.kind == "c" else 1)

@@ -27,12 +27,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from passes import _jax
 from passes.declared import Fact, declared_p, weight_fact
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, is_var, size
+from passes.graph import Graph, Var, is_var, numbers, size
 from passes.linearise import Linear
 from passes.probe import Probed, probe
 
@@ -233,7 +231,7 @@ def _judge(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse:
     ) -> Inverse:
         return Inverse(link, verdict, rule, scale, amplification, reason, fact)
 
-    wide, narrow = _numbers(link.target), _numbers(link.source)
+    wide, narrow = numbers(link.target), numbers(link.source)
     name = _name(link)
     head = link.eqns[0]
     if head.primitive is declared_p and head.params["side"] == "out":
@@ -281,11 +279,6 @@ def _by_probe(found: Callable[..., Inverse], seen: Probed, name: str) -> Inverse
     if seen.diagonal:
         return found(Verdict.GENERIC, f"{name} has unknown slopes", Rule.DIVIDE)
     return found(Verdict.NEVER, f"{name} has no rule to be inverted")
-
-
-def _numbers(v: Var) -> int:
-    """Real numbers of a value: a complex one is two."""
-    return size(v) * (2 if np.issubdtype(v.aval.dtype, np.complexfloating) else 1)
 
 
 def _name(link: Link) -> str:
