@@ -6,8 +6,8 @@ run is as long as the growth of rounding allows: after n stages it is about
 
     5 eps sqrt(n) prod(A)
 
-with A the amplification of each stage, and a run ends where that would pass
-`tolerance`, or after 128 stages. Source: DESIGN section 5 (6e-7 in float32). Limits:
+with A the amplification of each stage, and a run ends where that would pass half of
+`tolerance` (the guard's limit is all of it), or after 128 stages. Source: DESIGN section 5 (6e-7 in float32). Limits:
 the estimate is of an average; the guard sees what is worse.
 """
 
@@ -33,6 +33,7 @@ from passes.residuals import narrowest, packed_bytes
 from passes.submersion import Submersion, run_error, submersion
 
 _LONGEST = 128  # stages of a run
+_SHARE = 0.5  # of the tolerance
 _ROUNDING = 5.0  # units in the last place that a stage adds
 
 
@@ -136,7 +137,8 @@ def _continues(
     if later or before.result in results:
         return False
     run = [one for one in judged[start : i + 1] if isinstance(one, Rebuilt)]
-    return growth(run) <= planned_tolerance(before.result.aval.dtype, tolerance)
+    most = _SHARE * planned_tolerance(before.result.aval.dtype, tolerance)
+    return growth(run) <= most
 
 
 def growth(run: Sequence[Rebuilt]) -> float:
@@ -147,7 +149,7 @@ def growth(run: Sequence[Rebuilt]) -> float:
 
 def rebuilt_loop(loop: Loop, one: Rebuilt, tolerance: float | None) -> RebuiltLoop:
     """A loop whose steps are rebuilt, with a cotangent kept as often as it must be."""
-    most = planned_tolerance(one.result.aval.dtype, tolerance)
+    most = _SHARE * planned_tolerance(one.result.aval.dtype, tolerance)
     every = min(_LONGEST, loop.length)
     while every > 1 and growth([one] * every) > most:
         every -= 1

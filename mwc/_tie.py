@@ -60,6 +60,9 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     if token is None or not has_elements(token.shape):
         return barrier(values)
     *held, token = barrier([*values, token])
+    if any(a is not None for a in getattr(jax.typeof(token).sharding, "spec", ())):
+        # No entry of an explicitly sharded array can be read by itself.
+        return held
     axes = _jax.varying(token)
     # Inside shard_map a value would take over the axes that the token varies over.
     at = [

@@ -192,6 +192,9 @@ def _polar(raw: Array) -> Array:
         error = _gram(q) - eye
         return q - _dot(q, error) / 2, jnp.max(jnp.abs(error)), count + 1
 
+    # Squares of entries far from 1 would overflow or vanish.
+    size = jnp.max(jnp.abs(raw), axis=(-2, -1), keepdims=True)
+    raw = raw / jnp.maximum(size, jnp.finfo(raw.dtype).tiny)
     start = raw / _largest(raw), jnp.asarray(jnp.inf, raw.dtype), jnp.int32(0)
     # The last step squared an error of sqrt(eps); one more leaves that of rounding.
     return step(lax.while_loop(again, step, start))[0]

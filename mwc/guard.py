@@ -8,9 +8,10 @@ K buckets of rows, features j in G groups, sigma and E of +-1,
 
 and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
 largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
-counts as much as any other. A reading above three times `tolerance` is a *trip*; NaN
-trips as well. Source: DESIGN section 5, where the estimate was measured against true
-errors of every kind. Limits: an error that the signs cancel is missed with the
+counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
+Source: DESIGN section 5, whose limit is three times this one: over 6,000 perturbed runs
+readings between the two came with gradients that were off by up to four tolerances,
+and no reading below this one with more than one tolerance. Limits: an error that the signs cancel is missed with the
 probability of 256 sums cancelling at once.
 """
 
@@ -31,7 +32,7 @@ Array = Any
 
 _BUCKETS, _SUMS = 16, 256
 SKETCH_BYTES = 4 * _SUMS
-TRIP = 3.0  # readings above this many tolerances
+TRIP = 1.0  # readings above this many tolerances
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,8 @@ def tried(linear: Linear, link: Link) -> Inverse:
         return Inverse(link, verdict, rule, scale, amplification, reason)
 
     if seen is None:
-        return found(Verdict.NEVER, f"{name} was not examined, it is too large")
+        why = f"{name} was not run to see: too large, or on a mesh"
+        return found(Verdict.NEVER, why)
     if seen.scale is not None:
         why = f"{name} moves numbers" if seen.steady else f"{name} is coisometric"
         inverse = found(Verdict.STRUCTURAL, why, Rule.TRANSPOSE, seen.scale, 1.0)

@@ -94,6 +94,8 @@ def probe(
     large = not points and (bytes_ > _MOST_BYTES or work > _MOST_FLOPS)
     if large or any(e.effects for e in todo):
         return None
+    if any(_on_mesh(v) for e in todo for v in e.outvars):
+        return None
     run_graph = _at_points if points else evaluate
 
     def run(made: list[Any], h: Any) -> tuple[Any, ...]:
@@ -201,6 +203,13 @@ def _is_pointwise(eqn: Any) -> bool:
         return True
     same = all(_rank(v) in (0, len(eqn.outvars[0].aval.shape)) for v in eqn.invars)
     return name in ELEMENTWISE - {"custom_jvp_call", "bitcast_convert_type"} and same
+
+
+def _on_mesh(var: Var) -> bool:
+    """Whether an equation that makes it cannot run by itself, off its mesh."""
+    mesh = getattr(getattr(var.aval, "sharding", None), "mesh", None)
+    explicit = jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
+    return explicit or bool(_jax.varying(var.aval))
 
 
 def _keeps_shape(eqns: Sequence[Any], source: Var) -> bool:

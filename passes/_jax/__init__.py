@@ -317,8 +317,8 @@ def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
 
 
 def varying(value: Any) -> frozenset[Any]:
-    """The manual mesh axes over which an array differs."""
-    return _varying(jax.typeof(value))
+    """The manual mesh axes over which an array, or one of a type, differs."""
+    return _varying(value if hasattr(value, "str_short") else jax.typeof(value))
 
 
 def rule_of(eqn: Eqn) -> Any:

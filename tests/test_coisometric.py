@@ -1,0 +1,146 @@
+"""`mwc.coisometric`: the same values and gradients; what cannot be so is an error."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mwc
+from mwc import coisometric
+
+W = np.linalg.qr(np.random.default_rng(0).standard_normal((6, 4)))[0]
+X = np.random.default_rng(1).standard_normal((3, 6))
+
+
+def affine(h, w, b):
+    return 2 * h @ w + b
+
+
+@pytest.mark.usefixtures("x64", "quick")
+def test_values_and_derivatives_are_the_functions_own():
+    declared = coisometric(affine, scale=4.0)
+    args = jnp.asarray(X), jnp.asarray(W), jnp.ones(4)
+
+    def both(make):
+        return [make(f)(*args) for f in (affine, declared)]
+
+    def total(f):
+        return lambda *args: jnp.sum(jnp.sin(f(*args)))
+
+    makers = [
+        lambda f: f,
+        lambda f: jax.jit(f),
+        lambda f: jax.grad(total(f), (0, 1, 2)),
+        lambda f: lambda *a: jax.jvp(f, a, a),
+        lambda f: jax.vmap(f, (0, None, None)),
+        lambda f: jax.hessian(total(f), 1),
+    ]
+    for make in makers:
+        one, two = both(make)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_it_reads_like_the_function():
+    assert coisometric(affine).__name__ == "affine"
+
+    class Layer:
+        def __call__(self, h, w):
+            return h @ w
+
+    assert coisometric(Layer())(X, W).shape == (3, 4)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6), (0, 6)])
+def test_shapes(shape):
+    h = np.ones(shape, np.float32)
+    layer = coisometric(lambda h, w: h @ w)
+    assert layer(h, np.float32(W)).shape == (*shape[:-1], 4)
+
+
+def test_what_is_not_an_array_is_a_parameter():
+    layer = coisometric(lambda h, w, name: h @ w[name])
+    assert layer(X, {"first": W}, "first").shape == (3, 4)
+
+
+def test_parameters_may_enter_as_they_like():
+    """Affine in h is all that is asked; the map may depend on w in any way."""
+    layer = coisometric(lambda h, t: h * jnp.exp(1j * jnp.tanh(t)))
+    assert layer(np.ones(3, np.complex64), 0.3).dtype == np.complex64
+
+
+@pytest.mark.parametrize(
+    "scale", [0, 0.0, -1.0, float("nan"), float("inf"), True, "1", None, 1j]
+)
+def test_scales_that_cannot_be(scale):
+    with pytest.raises(mwc.MoonwalkValueError, match=r"(?s)scale=.*positive number"):
+        coisometric(affine, scale=scale)
+
+
+def bent(h, w):
+    return jnp.abs(h @ w)
+
+
+def squared(h):
+    return h * h
+
+
+def doubled(h):
+    return jnp.concatenate([h, h], -1)
+
+
+def pair(h):
+    return h, h
+
+
+def counted(h):
+    return jnp.argsort(h)
+
+
+WRONG = {
+    "not affine": (bent, (X, W), "not affine in h"),
+    "a square": (squared, (X,), "not affine in h"),
+    "widens": (doubled, (X,), re.escape("(3, 6) to (3, 12)")),
+    "two results": (pair, (X,), "returned"),
+    "integer result": (counted, (X,), "returned"),
+    "integers": (squared, (np.arange(3),), "was called with"),
+    "no array": (squared, ("h",), "was called with"),
+    "a pytree": (squared, ((X, X),), "was called with"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_line_and_the_remedy(name):
+    fun, args, found = WRONG[name]
+    with pytest.raises(mwc.MoonwalkTypeError, match=found) as caught:
+        coisometric(fun)(*args)
+    text = str(caught.value)
+    assert fun.__name__ in text
+    assert "remedy: " in text
+    assert "test_coisometric.py:" in text
+
+
+def test_errors_under_jit():
+    with pytest.raises(mwc.MoonwalkTypeError, match="not affine"):
+        jax.jit(coisometric(bent))(X, W)
+
+
+def test_a_broken_claim_is_no_error_but_nan():
+    """What weights make wrong is seen at run time alone."""
+    layer = coisometric(lambda h, w: h @ w)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.abs(layer(x, w))
+        return jnp.sum(x**2)
+
+    ws = [np.float32(np.eye(6)) * s for s in (1, 2, 0.5, 1)]
+    ours = mwc.moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+    value, grads = ours.value_and_grad(ws, np.float32(X))
+    np.testing.assert_allclose(value, loss(ws, np.float32(X)), rtol=1e-6)
+    assert np.isnan(grads[1]).all()
