@@ -67,7 +67,7 @@ class Case:
             units = units.reshape(-1, *y.shape)
 
             def back(h):
-                pulled = rebuilt.pull(values, bits, h)
+                pulled, _ = rebuilt.pull(values, bits, h)
                 return pulled, rebuilt.push(values, bits, jacobian(h)[0])[rebuilt.last]
 
             pulled, pushed = jax.vmap(back)(units)
