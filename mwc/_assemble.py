@@ -4,7 +4,7 @@
 
 A loop whose body holds several products is assembled twice: as a stage whose steps
 are stored in groups, and as a chain with a schedule of its own, at a few bounds of
-extra time; the planner takes what needs least.
+extra time; the planner takes what needs least. So are choices between branches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from mwc._rebuilding import Judge, merged, rebuilt_loop, runs
 from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
-from mwc.stages import Stage
-from passes.chain import chain
+from mwc.stages import Stage, Straight
+from passes.alike import key_of
+from passes.chain import chain, is_choice
 from passes.declared import Fact, facts
 from passes.depend import carries_tangent, sides
 from passes.graph import Graph, Var, is_var
+from passes.inline import inline
 from passes.linearise import is_inexact
+from passes.vijps import marked
 
 _STEPS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # extra forward passes that bodies may take
 
@@ -61,7 +64,9 @@ class Assembly:
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._known = facts(graph, dict(known or {}))
         self._judge = Judge(outside, self._known)
+        self._given = {*parameters, *cut.prologue.outvars}
         self._bodies: dict[int, Assembly] = {}
+        self._branches: dict[Any, Assembly] = {}
 
     def __len__(self) -> int:
         return len(self._stages)
@@ -73,7 +78,11 @@ class Assembly:
             self._settled(i, stage, extra, allowed)
             for i, stage in enumerate(self._stages)
         ]
-        decision, crossing = self._decided(stages, extra, allowed)
+        found = [
+            self._decided([*self._chosen(stages, more)], extra, allowed)
+            for more in self._bounds(extra, allowed)
+        ]
+        decision, crossing = min(found, key=lambda f: _planner.rank(f[0], extra))
         bound = {v for s in decision.stages for v in s.graph.outvars}
         pinned = tuple(v for v in self._pinned if v in bound)
         made = {id(s): m for s, m in zip(stages, self._made_from, strict=True)}
@@ -133,6 +142,42 @@ class Assembly:
             choices += self._rebuilt(stage)
         return _planner.settle(choices, extra) or self._builder.straight(stage.graph)
 
+    def _bounds(self, extra: float, allowed: Collection[str]) -> list[float | None]:
+        """Extra time of the chains in branches; None leaves them to JAX."""
+        choices = any(_choice(stage) is not None for stage in self._stages)
+        if not choices or "checkpoint" not in allowed:
+            return [None]
+        return [None, *(m for m in _STEPS if 1 + m <= extra + _planner.SLACK)]
+
+    def _chosen(self, stages: Sequence[Stage], more: float | None) -> Iterator[Stage]:
+        """The stages, choices with their branches as chains; equal branches are one."""
+        found: dict[Assembly, tuple[Chained, _planner.Decision]] = {}
+        for stage in stages:
+            eqn = _choice(stage)
+            if more is None or eqn is None or not isinstance(stage, Straight):
+                yield stage
+                continue
+            branches = [self._branch(eqn, b) for b in eqn.params["branches"]]
+            for branch in {*branches} - {*found}:
+                found[branch] = branch.schedule(more)
+            yield _planner.branches(stage, [found[b] for b in branches])
+
+    def _branch(self, eqn: Any, branch: Any) -> Assembly:
+        """A branch as a chain."""
+        graph = marked(inline(branch))
+        pairs = [*zip(graph.invars, eqn.invars[1:], strict=True)]
+        given = [v for v, o in pairs if not is_var(o) or o in self._given]
+        sources = [v for v, o in pairs if is_var(o) and o in self.tangents]
+        known = {v: self._known[o] for v, o in pairs if is_var(o) and o in self._known}
+        place = {v: i for i, v in enumerate(graph.invars)}
+        facts = tuple((place[v], str(fact)) for v, fact in known.items())
+        sides = tuple(tuple(place[v] for v in side) for side in (given, sources))
+        key = key_of(graph), sides, facts
+        if key not in self._branches:
+            made = Assembly(graph, given, sources, self._options, known)
+            self._branches[key] = made
+        return self._branches[key]
+
     def _rebuilt(self, loop: Loop) -> list[Loop]:
         """The loop with its steps rebuilt, if they can be."""
         graph, body = loop.body.graph, loop.body
@@ -147,7 +192,8 @@ class Assembly:
         """The loop with its body as a chain."""
         graph = loop.body.graph
         products = sum(matrix_cost(eqn) > 0 for eqn in graph.eqns)
-        inner = any(eqn.primitive.name == "scan" for eqn in graph.eqns)
+        choices = any(is_choice(eqn) for eqn in graph.eqns)
+        inner = choices or any(eqn.primitive.name == "scan" for eqn in graph.eqns)
         if loop.pruned or (products < 2 and not inner):
             return
         if i not in self._bodies:
@@ -161,7 +207,7 @@ class Assembly:
             self._bodies[i] = Assembly(graph, given, sources, self._options, known)
         body = self._bodies[i]
         for more in _STEPS:
-            if 1 + more <= extra + _planner.SLACK and len(body) > 1:
+            if 1 + more <= extra + _planner.SLACK and (choices or len(body) > 1):
                 chained, decision = body.schedule(more)
                 forwards = 1 + decision.again
                 yield dataclasses.replace(
@@ -171,3 +217,9 @@ class Assembly:
                     leaf_forwards=forwards,
                     leaf_bytes=decision.peak,
                 )
+
+
+def _choice(stage: Stage) -> Any:
+    """The equation of a stage that is a choice between chains, or None."""
+    eqns = stage.graph.eqns
+    return eqns[0] if len(eqns) == 1 and is_choice(eqns[0]) else None

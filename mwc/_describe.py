@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from mwc._build import matrix_cost
 from mwc._plan import Plan, StageRecord
 from mwc._planner import Decision, loop_extra, loop_kept
+from mwc.branches import Branches
 from mwc.chained import Chained
 from mwc.errors import MoonwalkUnsupportedError
 from mwc.guard import SKETCH_BYTES
@@ -152,6 +154,10 @@ def _kept(stage: Stage, stored: bool) -> tuple[int, int, str, str]:
         reason = f"every step's cotangent is rebuilt: {found.verdict.value}, "
         reason += f"{found.reason}; one kept every {stage.every} steps"
         return bits, kept, "moonwalk", reason
+    if isinstance(stage, Branches):
+        reason = "its backward runs the branch taken again, a chain of its own, "
+        reason += f"{stage.leaf_forwards:.2f} times"
+        return 0, 0, "checkpoint", reason
     if isinstance(stage, Loop):
         body = stage.body
         bits = 0
@@ -191,6 +197,8 @@ def _kind(stage: Stage, eqn: Any) -> str:
         return "nothing"
     if eqn.primitive.name == "scan":
         return f"scan[{eqn.params['length']}]"
+    if eqn.primitive.name == "cond":
+        return f"cond[{len(eqn.params['branches'])}]"
     if matrix_cost(eqn) > 0 or len(stage.graph.eqns) == 1:
         return eqn.primitive.name
     return "elementwise"
@@ -219,16 +227,21 @@ def _again(node: Checkpoint, decision: Decision) -> list[float]:
     return again
 
 
-def _backprop(node: Checkpoint) -> int:
-    """Bytes of the residuals that `jax.vjp` keeps, each value once."""
+def _backprop(node: Checkpoint, carry: Collection[Var] = ()) -> int:
+    """Bytes of the residuals that `jax.vjp` keeps, each value once.
+
+    What follows from inputs outside `carry` alone is left out.
+    """
     seen: set[Var] = set()
     total = 0
-    bound = set(node.bound)
+    bound = {*node.bound, *carry}
     flat: list[Stage] = []
     for stage in node.stages:
         flat += stage.straight if isinstance(stage, Moonwalk) else [stage]
     bound.update(v for stage in flat for v in stage.graph.outvars)
     for stage in flat:
+        if isinstance(stage, Branches):
+            stage = stage.plain
         if isinstance(stage, Loop):
             total += stage.length * _body_residuals(stage)
             continue
@@ -248,9 +261,7 @@ def _body_residuals(loop: Loop) -> int:
     body = loop.body
     if not isinstance(body, Straight):
         assert isinstance(body, Chained)
-        return _backprop(body.node) + sum(
-            nbytes(v) for v in body.graph.invars[loop.carries]
-        )
+        return _backprop(body.node, body.graph.invars[loop.carries])
     linear = body.linear
     outer = set(linear.fwd.invars) - set(linear.fwd.invars[loop.carries])
     moving = reached(linear.fwd, linear.fwd.invars[loop.carries])

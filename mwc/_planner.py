@@ -12,6 +12,8 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from mwc._build import matrix_cost
+from mwc.branches import Branches
+from mwc.chained import Chained
 from mwc.errors import MoonwalkUnsupportedError
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import store_all
@@ -131,12 +133,19 @@ def _costs(
         both = forward * (1 + loop_extra(stage))
         kept = loop_kept(stage)
         return Costs(forward, both, both, kept, kept + stage.leaf_bytes + through, born)
+    if isinstance(stage, Branches):
+        both = forward * stage.leaf_forwards
+        return Costs(forward, both, both, 0, stage.leaf_bytes + through, born)
     if isinstance(stage, Moonwalk):
         return _rebuilt_costs(stage, forward, born, matrices)
     assert isinstance(stage, Straight)
     kept = sum(packed_bytes(v) for v in stage.kept_vars)
     rerun = stage.rerun if matrices else forward
-    return Costs(forward, min(rerun, forward), forward, kept, kept + through, born)
+    # With JAX's derivative a choice makes what every branch needs, kept or not.
+    conds = [e for e in stage.linear.fwd.eqns if e.primitive.name == "cond"]
+    made = sum(nbytes(v) for eqn in conds for v in eqn.outvars)
+    local = max(kept, made) + through
+    return Costs(forward, min(rerun, forward), forward, kept, local, born)
 
 
 def _rebuilt_costs(
@@ -175,6 +184,25 @@ def bit_bytes(stages: Iterable[Stage]) -> int:
             )
             total += max(0, bits - grads)
     return total
+
+
+def branches(stage: Straight, found: Sequence[tuple[Chained, Decision]]) -> Branches:
+    """A choice with its branches as chains; it takes the time of the slowest."""
+    matrices = any(matrix_cost(eqn) > 0 for eqn in stage.graph.eqns)
+    work = [(1 + d.again) * forward_cost(c.graph, matrices) for c, d in found]
+    whole = forward_cost(stage.graph, matrices)
+    return Branches(
+        stage.graph,
+        tuple(chained for chained, _ in found),
+        plain=stage,
+        leaf_forwards=max(work) / whole if whole else 1.0,
+        leaf_bytes=max(decision.peak for _, decision in found),
+    )
+
+
+def rank(decision: Decision, extra: float) -> tuple[bool, int, float]:
+    """Within the time before others, then by memory, then by time."""
+    return decision.again > extra + SLACK, decision.peak, decision.again
 
 
 def carry_bytes(loop: Loop) -> int:

@@ -7,8 +7,9 @@ run is as long as the growth of rounding allows: after n stages it is about
     5 eps sqrt(n) prod(A)
 
 with A the amplification of each stage, and a run ends where that would pass half of
-`tolerance` (the guard's limit is all of it), or after 128 stages. Source: DESIGN section 5 (6e-7 in float32). Limits:
-the estimate is of an average; the guard sees what is worse.
+`tolerance` (the guard's limit is all of it), or after 128 stages. Source: DESIGN
+section 5 (6e-7 in float32). Limits: the estimate is of an average; the guard sees what
+is worse.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ largest entry of row b of the last cotangent near 1: a corrupted row of tiny sca
 counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
 Source: DESIGN section 5, whose limit is three times this one: over 6,000 perturbed runs
 readings between the two came with gradients that were off by up to four tolerances,
-and no reading below this one with more than one tolerance. Limits: an error that the signs cancel is missed with the
-probability of 256 sums cancelling at once.
+and no reading below this one with more than one tolerance. Limits: an error that the
+signs cancel is missed with the probability of 256 sums cancelling at once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Chain: cut the state graph where few bytes cross.
 
 The state equations, in program order, are cut once between each two *heavy* ones
-(matrix products with a share of the arithmetic, loops), at the narrowest place, and
-of equally narrow ones at the first. Long stretches without a heavy equation are cut
-by length. A stage is what lies between two cuts, together with the parameter-side and
-constant equations that it alone reads. Of those that several stages read, each makes
-again what is larger than its parameters and cheap; the rest forms the prologue.
+(matrix products with a share of the arithmetic, loops, choices between branches), at
+the narrowest place, and of equally narrow ones at the first. Long stretches without a
+heavy equation are cut by length. A stage is what lies between two cuts, together with
+the parameter-side and constant equations that it alone reads. Of those that several
+stages read, each makes again what is larger than its parameters and cheap; the rest
+forms the prologue.
 
 So a stage has one heavy equation: residual blocks, attention, U-Net skips and plain
 layers come out alike, and which cuts are used is the schedule's choice, for a cut
@@ -25,11 +26,13 @@ import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from passes import _jax
 from passes.alike import subchains
 from passes.declared import declared_p
 from passes.depend import Side, last_reads, reached
 from passes.flops import eqn_flops, is_product
 from passes.graph import Graph, Var, is_var, nbytes
+from passes.inline import inline
 from passes.sizes import is_symbolic
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
@@ -89,7 +92,7 @@ def chain(graph: Graph, sides: Sequence[Side], pinned: Collection[Var] = ()) -> 
     if not state:
         groups = [[]]
     alone = {
-        n for n, g in enumerate(groups) if len(g) == 1 and is_loop(graph.eqns[g[0]])
+        n for n, g in enumerate(groups) if len(g) == 1 and is_whole(graph.eqns[g[0]])
     }
     shared, own = _sink(graph, sides, groups, alone)
     stages = [sorted(o + g) for o, g in zip(own, groups, strict=True)]
@@ -105,22 +108,22 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
     matrices = any(c.matrix for c in counts)
     costs = [c.matrix if matrices else c.elementwise for c in counts]
     floor = min(_SHARE * sum(costs), _SIZE * max(costs, default=0))
-    loops = [p for p in range(count) if is_loop(graph.eqns[state[p]])]
-    heavy = [p for p in range(count) if costs[p] > floor or p in set(loops)]
+    whole = [p for p in range(count) if is_whole(graph.eqns[state[p]])]
+    heavy = [p for p in range(count) if costs[p] > floor or p in set(whole)]
     cuts: list[int] = []
-    whole = _inside(graph, state)
+    inside = _inside(graph, state)
     for before, after in itertools.pairwise(heavy):
-        places = [c for c in range(before + 1, after + 1) if c not in whole]
+        places = [c for c in range(before + 1, after + 1) if c not in inside]
         cuts += [min(places, key=lambda c: widths[c])] if places else []
     if heavy and heavy[-1] + 1 < count:
         # The head of the loss is a stage of its own.
         behind = range(heavy[-1] + 1, count)
-        cuts += [c for c in behind if c not in whole][:1]
+        cuts += [c for c in behind if c not in inside][:1]
     if heavy:
         lead = range(1, heavy[0] + 1)
         cuts += [min(lead, key=lambda c: (widths[c], -c))] if len(lead) > _LIGHT else []
     cuts = _split_long(sorted(set(cuts)), count, widths)
-    cuts = [c for c in cuts if c not in whole]
+    cuts = [c for c in cuts if c not in inside]
     most = _MANY if len(set(_sizes(cuts, count, costs, widths))) <= _KINDS else _FEW
     kept = _thinned(cuts, widths, most)
     while most > _FEW and len(kept) > _FEW:
@@ -129,7 +132,7 @@ def _cuts(graph: Graph, state: list[int]) -> list[int]:
             break
         most //= 2
         kept = _thinned(cuts, widths, most)
-    return sorted({*kept, *(c for p in loops for c in (p, p + 1) if 0 < c < count)})
+    return sorted({*kept, *(c for p in whole for c in (p, p + 1) if 0 < c < count)})
 
 
 def _sizes(
@@ -183,6 +186,25 @@ def is_loop(eqn: Any) -> bool:
     # The schedule of a loop is a table, which needs a number of steps.
     length = eqn.params["length"]
     return not is_symbolic(length) and length >= _STEPS
+
+
+def is_choice(eqn: Any) -> bool:
+    """Whether an equation is a stage of its own with a chain in some branch."""
+    if eqn.primitive.name != "cond" or eqn.effects:
+        return False
+    branches = eqn.params["branches"]
+    return not any(_jax.opened(b)[1] for b in branches) and any(map(_deep, branches))
+
+
+def _deep(branch: Any) -> bool:
+    """Whether a branch has several products, or stages of their own."""
+    eqns = inline(branch).eqns
+    return sum(eqn_flops(e).matrix > 0 for e in eqns) > 1 or any(map(is_whole, eqns))
+
+
+def is_whole(eqn: Any) -> bool:
+    """Whether an equation is a stage of its own."""
+    return is_loop(eqn) or is_choice(eqn)
 
 
 def _widths(graph: Graph, state: list[int]) -> list[int]:

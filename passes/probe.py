@@ -94,7 +94,7 @@ def probe(
     large = not points and (bytes_ > _MOST_BYTES or work > _MOST_FLOPS)
     if large or any(e.effects for e in todo):
         return None
-    if any(_on_mesh(v) for e in todo for v in e.outvars):
+    if any(map(_on_mesh, [*inputs, *(v for e in todo for v in e.outvars)])):
         return None
     run_graph = _at_points if points else evaluate
 

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 FORCED = ("moonwalk", "stored")
 DEPTH, WIDTH, BATCH = 6, 8, 12
-# Of float32. A reading averages over rows, whose sizes a gradient does not: over 6,000
-# cases errors came to 1.4 times the reading that trips.
+# Of float32: the tolerance.
 LIMIT = guard.TRIP * 1e-5
 
 quick_profile = settings(

@@ -182,6 +182,32 @@ def test_eager_shard_map(check_vma):
 
 
 @eight
+@eight
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_deep_chain_inside_shard_map(check_vma):
+    """What is judged by running it cannot be run outside."""
+    mesh = mesh_of(AxisType.Auto)
+
+    def deep(w, x):
+        for _ in range(4):
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x**2)
+
+    def make(f):
+        sharded = jax.shard_map(
+            lambda w, x: lax.pmean(f(w, x), "i"),
+            mesh=mesh,
+            in_specs=(P(), P("i")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+        return jax.jit(jax.grad(sharded))
+
+    w = jax.random.normal(jax.random.key(0), (3, 3))
+    x = jax.random.normal(jax.random.key(1), (8, 3))
+    same(make(moonwalk_compile(deep))(w, x), make(deep)(w, x))
+
+
 def test_shard_map_inside_the_function():
     mesh = mesh_of(AxisType.Auto)
 
