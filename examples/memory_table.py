@@ -41,7 +41,7 @@ def ours(program, extra):
 
 def table_row(name, target, extras, methods, say):
     """The reports' rows of one program, by method."""
-    program = programs.TABLE[name]()
+    program = programs.ROWS[name]()
     decorated = {f"extra {extra:g}": ours(program, extra) for extra in extras}
     columns = [*BASELINES, *decorated]
     report = measure(
@@ -66,7 +66,7 @@ def cell(row):
 
 @click.command()
 @click.option("--target", default="h200", show_default=True, help="cpu, h200, ...")
-@click.option("--rows", "names", multiple=True, type=click.Choice(list(programs.TABLE)))
+@click.option("--rows", "names", multiple=True, type=click.Choice(list(programs.ROWS)))
 @click.option(
     "--extra", "extras", multiple=True, type=float, help="extra_forwards; 1 and 2"
 )
@@ -83,7 +83,7 @@ def main(target, names, extras, methods, as_json):
         box=rich.box.SIMPLE,
     )
     found, reasons = {}, []
-    for name in names or programs.TABLE:
+    for name in names or programs.ROWS:
         with console.status(name) as status:
             try:
                 rows = table_row(name, target, extras, methods, status.update)

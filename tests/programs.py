@@ -7,6 +7,7 @@ auxiliary results. Sizes are arguments: the defaults are those of the table.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+import mwc
 
 WIDTH, BATCH = 512, 4096
 
@@ -68,30 +71,67 @@ def maxmin(z):
     return jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1)
 
 
-def dense(act=relu, depth=64, width=WIDTH, batch=BATCH):
+def leaky9(z):
+    return jax.nn.leaky_relu(z, 0.9)
+
+
+def product(h, w):
+    return h @ w
+
+
+# Weights that the user says are orthogonal, and weights that are by construction.
+rotate = mwc.coisometric(product)
+
+
+def built(h, w):
+    return h @ mwc.constraints.orthogonal(w)
+
+
+def dense(act=relu, depth=64, width=WIDTH, batch=BATCH, layer=product):
     """Dense layers in a Python loop, mean square loss."""
+    return funnel(act, [width] * (depth + 1), batch, layer)
+
+
+def funnel(act, widths, batch=BATCH, layer=rotate):
+    """Dense layers of given widths in a Python loop."""
 
     def loss(params, x):
         for w, b in params:
-            x = act(x @ w + b)
+            x = act(layer(x, w) + b)
         return jnp.mean(x**2)
 
-    params = [(spec(width, width), spec(width)) for _ in range(depth)]
-    return Program(loss, params, spec(batch, width))
+    params = [(spec(m, n), spec(n)) for m, n in itertools.pairwise(widths)]
+    return Program(loss, params, spec(batch, widths[0]))
 
 
-def scanned(act=relu, depth=64, width=WIDTH, batch=BATCH):
+def scanned(act=relu, depth=64, width=WIDTH, batch=BATCH, product=product):
     """Dense layers in `lax.scan` over stacked weights."""
 
     def loss(params, x):
         def layer(h, layer_params):
             w, b = layer_params
-            return act(h @ w + b), None
+            return act(product(h, w) + b), None
 
         return jnp.mean(lax.scan(layer, x, params)[0] ** 2)
 
     params = (spec(depth, width, width), spec(depth, width))
     return Program(loss, params, spec(batch, width))
+
+
+def recurrent(steps=512, hidden=512, batch=256, inputs=64):
+    """An orthogonal recurrent net over time; the loss reads the last state."""
+
+    def loss(params, xs):
+        w, u, b = params
+
+        def cell(h, x):
+            return jnp.abs(rotate(h, w) + x @ u + b), None
+
+        start = jnp.ones((xs.shape[1], w.shape[0]), xs.dtype)
+        return jnp.mean(lax.scan(cell, start, xs)[0] ** 2)
+
+    params = (spec(hidden, hidden), spec(inputs, hidden), spec(hidden))
+    return Program(loss, params, spec(steps, batch, inputs))
 
 
 def lstm(steps=1024, hidden=512, batch=256):
@@ -216,3 +256,19 @@ TABLE: dict[str, Callable[[], Program]] = {
     "resnet-18": resnet,
 }
 """The rows of the table by name."""
+
+_FUNNEL = [round(w / 8) * 8 for w in np.linspace(1024, 256, 49).tolist()]
+
+SUBMERSIVE: dict[str, Callable[[], Program]] = {
+    "abs-64": functools.partial(dense, jnp.abs, 64, layer=rotate),
+    "abs-256": functools.partial(dense, jnp.abs, 256, layer=rotate),
+    "leaky9-64": functools.partial(dense, leaky9, 64, layer=rotate),
+    "maxmin-64-orthogonal": functools.partial(dense, maxmin, 64, layer=rotate),
+    "funnel-48": functools.partial(funnel, jnp.abs, _FUNNEL),
+    "scan-abs-64": functools.partial(scanned, jnp.abs, 64, product=rotate),
+    "recurrent-512": recurrent,
+    "abs-64-built": functools.partial(dense, jnp.abs, 64, layer=built),
+}
+"""The rows of chains whose weights are orthogonal, declared or built."""
+
+ROWS = TABLE | SUBMERSIVE

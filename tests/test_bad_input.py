@@ -53,10 +53,8 @@ def test_strategies():
     "option",
     [
         {"memory_budget": "8GiB"},
-        {"tolerance": 1e-3},
         {"plan": object()},
         {"on_drift": "recompute"},
-        {"on_drift": "raise"},
     ],
 )
 def test_options_for_later(option):

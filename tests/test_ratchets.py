@@ -22,6 +22,16 @@ PLANS = {
     "lstm-1024": {1: 188, 2: 118},
 }
 
+# Least rows under "moonwalk", and most MiB kept, for two extra forward passes.
+REBUILT = {
+    "abs-64": (62, 30),
+    "leaky9-64": (62, 38),
+    "maxmin-64-orthogonal": (62, 30),
+    "funnel-48": (46, 24),
+    "scan-abs-64": (1, 30),
+    "recurrent-512": (1, 20),
+}
+
 # MiB of temporaries that XLA allots for an H200, by version of JAX.
 RECORDED: dict[str, dict[tuple[str, float], float]] = {
     "0.10.2": {
@@ -72,7 +82,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
 
 
 def compiled(name, extra):
-    program = programs.TABLE[name]()
+    program = programs.ROWS[name]()
     ours = moonwalk_compile(program.loss, extra_forwards=extra, has_aux=program.has_aux)
     return program, ours
 
@@ -100,8 +110,21 @@ def test_operations_stay_within_the_bound(name, extra):
     assert whole.matrix <= (3 + extra + 0.1) * forward
 
 
+@pytest.mark.parametrize("name", REBUILT)
+def test_orthogonal_chains_are_rebuilt(name):
+    program = programs.SUBMERSIVE[name]()
+    plan = moonwalk_compile(program.loss).plan(program.params, program.batch)
+    least, most = REBUILT[name]
+    counts = collections.Counter(row.strategy for row in plan.stages)
+    assert counts["moonwalk"] >= least
+    assert plan.residual_bytes <= most * MIB
+    assert plan.extra_forwards <= 2.1
+
+
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]
+QUICK += [("scan-abs-64", 2)]
 OTHERS = [(n, e) for n in programs.TABLE for e in (1, 2) if (n, e) not in QUICK]
+OTHERS += [(n, 2) for n in programs.SUBMERSIVE if (n, 2) not in QUICK]
 
 
 @pytest.mark.figures

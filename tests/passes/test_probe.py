@@ -72,7 +72,7 @@ def test_float32():
 
 def test_what_is_too_large_is_not_run(monkeypatch):
     monkeypatch.setattr(module, "_MOST_BYTES", 100)
-    assert probed(jnp.abs, normal(3, 40)) is None
+    assert probed(max_min, normal(3, 40)) is None
 
 
 def test_under_a_trace():
