@@ -6,7 +6,7 @@ run is as long as the growth of rounding allows: after n stages it is about
 
     5 eps sqrt(n) prod(A)
 
-with A the amplification of each stage, and a run ends where that would pass half of
+with A the amplification of each stage, and a run ends where that would pass most of
 `tolerance` (the guard's limit is all of it), or after 128 stages. Source: DESIGN
 section 5 (6e-7 in float32). Limits: the estimate is of an average; the guard sees what
 is worse.
@@ -34,7 +34,7 @@ from passes.residuals import narrowest, packed_bytes
 from passes.submersion import Submersion, run_error, submersion
 
 _LONGEST = 128  # stages of a run
-_SHARE = 0.5  # of the tolerance
+_SHARE = 0.7  # of the tolerance
 _ROUNDING = 5.0  # units in the last place that a stage adds
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mwc._tie import barrier
 from mwc.stages import Values
 from passes.flops import eqn_flops
 from passes.graph import is_var
@@ -27,30 +28,33 @@ _STEPS, _ROWS = 3, 16
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
-def polished(inverse: Inverse, env: Values) -> Values:
+def polished(inverse: Inverse, env: Values, h: Array) -> tuple[Values, Array]:
     """The residuals with a declared weight replaced by c times its right inverse.
 
     Args:
       inverse: of the link.
       env: the residuals that the link reads.
+      h: the cotangent that the link waits for; without it the compiler would make the
+        inverses of all stages first, and keep them.
     """
     claimed = inverse.rule is Rule.TRANSPOSE and inverse.verdict is Verdict.GENERIC
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if not claimed or len(products) != 1:
-        return env
+        return env, h
     (eqn,) = products
     weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in env]
     if eqn.primitive.name != "dot_general" or len(weights) != 1:
-        return env
+        return env, h
     ((side, v),) = weights
     contract, batch = eqn.params["dimension_numbers"]
     weight = env[v]
     real = jnp.issubdtype(weight.dtype, jnp.floating)
     if weight.ndim != 2 or len(contract[side]) != 1 or batch[side] or not real:
-        return env
+        return env, h
+    weight, h = barrier([weight, h])
     tall = contract[side][0] == 1
     found = _newton(weight if tall else weight.T, inverse.scale)
-    return env | {v: found if tall else found.T}
+    return env | {v: found if tall else found.T}, h
 
 
 def _newton(weight: Array, scale: float) -> Array:
@@ -68,16 +72,15 @@ def _newton(weight: Array, scale: float) -> Array:
     def gap(r: Array) -> Array:
         return jnp.sqrt(jnp.mean((dot(dot(rows, m.T), r) - rows) ** 2))
 
-    def again(state: tuple[Array, Array, Array]) -> Array:
-        _, count, error = state
+    def again(state: tuple[Array, Array]) -> Array:
+        r, count = state
+        error = gap(r)
         # NaN and far errors are not mended: the guard trips.
         return (error > limit) & (error < 0.5) & (count < _STEPS)
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        r, count, _ = state
-        r = 2 * r - dot(r, dot(m.T, r))
-        return r, count + 1, gap(r)
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        r, count = state
+        return 2 * r - dot(r, dot(m.T, r)), count + 1
 
-    r = m / scale
-    r, _, _ = lax.while_loop(again, step, (r, jnp.int32(0), gap(r)))
+    r, _ = lax.while_loop(again, step, (m / scale, jnp.int32(0)))
     return (r * scale).astype(weight.dtype)

@@ -144,7 +144,7 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
 
     zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
     if inverse.rule is Rule.TRANSPOSE:
-        env = polished(inverse, env)
+        env, h = polished(inverse, env, h)
         _, push = jax.vjp(pull, zeros)
         # The adjoint: JAX's transpose of a complex map does not conjugate.
         found = jnp.conj(push(jnp.conj(h))[0])
