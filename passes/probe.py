@@ -35,6 +35,7 @@ from passes import _jax
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, evaluate, is_var, nbytes, read, size
 from passes.linearise import Linear
+from passes.sizes import is_symbolic
 from passes.table import ELEMENTWISE
 
 _MOST_BYTES = 2**28  # of the values that a probe makes
@@ -94,7 +95,10 @@ def probe(
     large = not points and (bytes_ > _MOST_BYTES or work > _MOST_FLOPS)
     if large or any(e.effects for e in todo):
         return None
-    if any(map(_on_mesh, [*inputs, *(v for e in todo for v in e.outvars)])):
+    ends = [*inputs, *(v for e in todo for v in e.outvars)]
+    symbols = any(is_symbolic(n) for v in ends for n in v.aval.shape)
+    symbols = symbols or any(e.primitive.name == "dim_as_value" for e in todo)
+    if symbols or any(map(_on_mesh, ends)):
         return None
     run_graph = _at_points if points else evaluate
 

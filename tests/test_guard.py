@@ -185,13 +185,27 @@ def test_within_tolerance_or_nan_at_length(case):
 
 
 @pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("harm", ["signs", "scaled", "one weight", "one entry"])
+def test_what_is_a_little_wrong_is_mended(harm, loop):
+    draw = np.random.default_rng(0)
+    w, b = exact(draw)
+    batch = samples(draw)
+    ours, _ = programs("abs", loop)
+    args = arranged((damaged(draw, w, harm, 3e-3), b), loop), batch
+    _, grads, drift = ours.value_and_grad(*args, with_drift=True)
+    assert not drift.tripped
+    assert ours.check(*args).max_error < 1e-5
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("harm", ["zero", "rank-deficient", "signs", "scaled"])
 def test_what_is_badly_wrong_trips(harm, loop):
     draw = np.random.default_rng(0)
     w, b = exact(draw)
     batch = samples(draw)
     ours, _ = programs("abs", loop)
-    args = arranged((damaged(draw, w, harm, 1e-2), b), loop), batch
+    args = arranged((damaged(draw, w, harm, 1.0), b), loop), batch
     _, grads, drift = ours.value_and_grad(*args, with_drift=True)
     assert drift.tripped
     assert drift.worst > 1
@@ -246,7 +260,7 @@ def harmed(size):
 def test_drift_names_the_worst_stage():
     ours, _ = programs("abs", False)
     params, batch = harmed(0)
-    params[3] = (params[3][0] * np.float32(1.1), params[3][1])
+    params[3] = (params[3][0] * np.float32(2), params[3][1])
     value, grads, drift = ours.value_and_grad(params, batch, with_drift=True)
     assert np.isfinite(value)
     assert drift.tripped
@@ -270,7 +284,7 @@ def test_raise_is_an_error_outside_and_nan_inside():
     good, batch = harmed(0)
     value, _ = ours.value_and_grad(good, batch)
     assert np.isfinite(value)
-    bad, _ = harmed(1e-2)
+    bad, _ = harmed(0.3)
     with pytest.raises(mwc.MoonwalkDriftError, match=r"(?s)times the limit.*retract"):
         ours.value_and_grad(bad, batch)
     inside = jax.jit(lambda p: ours.value_and_grad(p, batch)[1])(bad)
@@ -290,7 +304,7 @@ def test_other_values_are_errors(wrong):
 
 
 def test_tolerance_moves_the_limit():
-    params, batch = harmed(1e-4)
+    params, batch = harmed(0.02)
     for tolerance, trips in [(1e-5, True), (1e-1, False)]:
         ours = moonwalk_compile(chain(), strategies=FORCED, tolerance=tolerance)
         drift = ours.value_and_grad(params, batch, with_drift=True)[2]
@@ -307,7 +321,7 @@ def test_check_reads_the_guard():
     assert report.headroom > 2
     assert "headroom" in str(report)
     assert "stage" in report.worst_stage
-    worse = ours.check(*harmed(1e-2))
+    worse = ours.check(*harmed(0.3))
     assert not worse.ok
     assert worse.headroom < 1
 

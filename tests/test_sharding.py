@@ -182,7 +182,6 @@ def test_eager_shard_map(check_vma):
 
 
 @eight
-@eight
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_deep_chain_inside_shard_map(check_vma):
     """What is judged by running it cannot be run outside."""
@@ -208,6 +207,7 @@ def test_a_deep_chain_inside_shard_map(check_vma):
     same(make(moonwalk_compile(deep))(w, x), make(deep)(w, x))
 
 
+@eight
 def test_shard_map_inside_the_function():
     mesh = mesh_of(AxisType.Auto)
 
