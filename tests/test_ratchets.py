@@ -55,6 +55,11 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("transformer-12", 2): 480.2,
         ("resnet-18", 1): 400.1,
         ("resnet-18", 2): 400.1,
+        ("abs-64", 2): 40.2,
+        ("leaky9-64", 2): 40.2,
+        ("maxmin-64-orthogonal", 2): 42.8,
+        ("scan-abs-64", 2): 49.1,
+        ("recurrent-512", 2): 17.0,
     },
     "0.12.0.1": {
         ("dense-relu-64", 1): 96.0,
@@ -77,6 +82,11 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("transformer-12", 2): 480.0,
         ("resnet-18", 1): 404.7,
         ("resnet-18", 2): 404.7,
+        ("abs-64", 2): 32.6,
+        ("leaky9-64", 2): 48.1,
+        ("maxmin-64-orthogonal", 2): 40.2,
+        ("scan-abs-64", 2): 49.1,
+        ("recurrent-512", 2): 17.1,
     },
 }
 
