@@ -42,6 +42,7 @@ class Assembly:
       sources: its inputs that may carry a tangent.
       options: the decorator's options.
       known: what is known of inputs that are weights.
+      guarded: whether readings of guards have a way out: not from a loop's body.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Assembly:
         sources: Collection[Var],
         options: Any,
         known: Mapping[Var, Fact] | None = None,
+        guarded: bool = True,
     ):
         self.graph, self._options = graph, options
         self.tangents = carries_tangent(graph, sources, is_inexact)
@@ -67,13 +69,14 @@ class Assembly:
         self._given = {*parameters, *cut.prologue.outvars}
         self._bodies: dict[int, Assembly] = {}
         self._branches: dict[Any, Assembly] = {}
+        self._guarded = guarded
 
     def __len__(self) -> int:
         return len(self._stages)
 
     def schedule(self, extra: float) -> tuple[Chained, _planner.Decision]:
         """The chain under the schedule of least memory for a bound of extra time."""
-        allowed = _planner.allowed(self._options.strategies)
+        allowed = _planner.allowed(self._options.strategies, self._guarded)
         stages = [
             self._settled(i, stage, extra, allowed)
             for i, stage in enumerate(self._stages)
@@ -110,11 +113,14 @@ class Assembly:
             ends = {*filter(is_var, self.graph.outvars), *self._pinned}
             spans = runs(judged, self._crossing, ends, tolerance)
             if spans:
-                run, alive = merged(stages, judged, self._crossing, spans, tolerance)
+                run, alive = merged(
+                    stages, judged, self._crossing, ends, spans, tolerance
+                )
                 found = _planner.schedule(run, alive, extra, allowed)
                 rebuilt = dataclasses.replace(found, why=why), tuple(alive)
+                forced = not {"checkpoint", "stored"} & {*allowed}
                 within = found.again <= extra + _planner.SLACK
-                if "checkpoint" not in allowed or (within and "stored" not in allowed):
+                if forced or (within and "checkpoint" not in allowed):
                     return rebuilt
         plain = _planner.schedule(stages, self._crossing, extra, allowed)
         if rebuilt and rebuilt[0].again <= extra + _planner.SLACK:
@@ -174,7 +180,7 @@ class Assembly:
         sides = tuple(tuple(place[v] for v in side) for side in (given, sources))
         key = key_of(graph), sides, facts
         if key not in self._branches:
-            made = Assembly(graph, given, sources, self._options, known)
+            made = Assembly(graph, given, sources, self._options, known, self._guarded)
             self._branches[key] = made
         return self._branches[key]
 
@@ -186,7 +192,8 @@ class Assembly:
         one = Judge(outside, known)(body)
         if isinstance(one, str):
             return []
-        return [rebuilt_loop(loop, one, self._options.tolerance)]
+        found = rebuilt_loop(loop, one, self._options.tolerance)
+        return [] if found is None else [found]
 
     def _nested(self, i: int, loop: Loop, extra: float) -> Iterator[Loop]:
         """The loop with its body as a chain."""
@@ -204,7 +211,9 @@ class Assembly:
             )
             sources = [v for v, moves in pairs if moves]
             known = self._builder.inner_facts(loop.eqn, graph, self._known)
-            self._bodies[i] = Assembly(graph, given, sources, self._options, known)
+            self._bodies[i] = Assembly(
+                graph, given, sources, self._options, known, guarded=False
+            )
         body = self._bodies[i]
         for more in _STEPS:
             if 1 + more <= extra + _planner.SLACK and (choices or len(body) > 1):

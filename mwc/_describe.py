@@ -100,7 +100,7 @@ def _rebuilt_rows(
     if run.lead is not None:
         row = _row(first, run.lead, False, 0, again / len(run.straight))
         reason = "its gradients are the first of sweep V, which starts here"
-        rows.append(dataclasses.replace(row, reason=reason))
+        rows.append(dataclasses.replace(row, strategy="moonwalk", reason=reason))
     for i, one in enumerate(run.stages):
         row = _row(first + len(rows), one.stage, False, 0 if i else state, again)
         found = one.found

@@ -7,7 +7,7 @@ arguments of the call. Source: DESIGN sections 5 and 9. Limits: first derivative
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,11 @@ def drift_of(readings: jax.Array, rows: Sequence[int]) -> Drift:
 
 
 def swept(
-    shared: Shared, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int
+    shared: Shared,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    bound: int,
+    check: Callable[[Any], Any],
 ) -> tuple[Any, Any, Drift] | None:
     """Results, gradients and drift of a call; None where the function has no plan.
 
@@ -59,6 +63,7 @@ def swept(
       args: its positional arguments, bound ones first.
       kwargs: its keyword arguments.
       bound: the number of bound arguments.
+      check: raises where results of some types have no gradient.
 
     Returns:
       The results as the function gives them, gradients as `Gradients` does, the drift.
@@ -68,6 +73,8 @@ def swept(
     if entry.site is None:
         return None
     spec = entry.site.spec
+    types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in spec.out_avals]
+    check(jax.tree.unflatten(entry.out_tree, types))
     indices = _trace.positions(shared.argnums, args, shared.signature, bound)
     roles = shared.roles(full, named, {*indices})
     moving = [

@@ -37,7 +37,7 @@ class Gradients:
     def with_drift(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns (value or (value, aux), gradients, drift)."""
         self._chosen(args)
-        found = swept(self.shared, args, kwargs, self.bound)
+        found = swept(self.shared, args, kwargs, self.bound, self._split)
         if found is None:
             return *self(args, kwargs), no_drift()
         out, grads, drift = found

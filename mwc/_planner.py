@@ -21,6 +21,7 @@ from mwc.nodes.moonwalk import Moonwalk
 from mwc.nodes.rebuild import Rebuilt
 from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
+from passes import _jax
 from passes.binomial import again, least_slots
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, nbytes
@@ -53,13 +54,18 @@ _SERVED = ("moonwalk", "checkpoint", "stored")
 SLACK = 0.1  # of a forward pass, DESIGN section 4
 
 
-def allowed(strategies: Collection[str] | None) -> set[str]:
+def allowed(strategies: Collection[str] | None, guarded: bool) -> set[str]:
     """The strategies that there are, of those that the user allows.
+
+    Args:
+      strategies: what the user allows, None for all.
+      guarded: whether stages may be rebuilt where this is asked.
 
     Raises:
       MoonwalkUnsupportedError: none is left.
     """
     found = set(strategies or _SERVED) & set(_SERVED)
+    found -= set() if guarded else {"moonwalk"}
     if not found:
         raise MoonwalkUnsupportedError(
             f"no stage can be served by strategies={strategies!r}",
@@ -89,6 +95,8 @@ def schedule(
     stages = tuple(stages)
     costs = tuple(stage_costs(stages, crossing))
     total = sum(c.forward for c in costs)
+    if not {"checkpoint", "stored"} & {*strategies}:
+        _refuse_others(stages)
     if "checkpoint" not in strategies:
         kept = sum(c.kept + sum(b for b, _ in c.born) for c in costs)
         leaves = [i for i, s in enumerate(stages) if isinstance(s, Moonwalk)]
@@ -100,6 +108,19 @@ def schedule(
     bits = bit_bytes(stages)
     more = max(0.0, found.cost / total - 1) if total else 0.0
     return Decision(stages, found.schedule, costs, found.memory + bits, more)
+
+
+def _refuse_others(stages: Sequence[Stage]) -> None:
+    """Raises where a stage is not rebuilt and nothing else is allowed."""
+    for stage in stages:
+        if not isinstance(stage, Moonwalk | RebuiltLoop):
+            eqn = max(stage.graph.eqns, key=matrix_cost, default=None)
+            raise MoonwalkUnsupportedError(
+                "strategies=('moonwalk',) leaves a stage that cannot be rebuilt",
+                expected="'checkpoint' or 'stored' besides, for such stages",
+                remedy="print(plan) without strategies says why it cannot",
+                source=_jax.source_line(eqn) if eqn is not None else None,
+            )
 
 
 def stage_costs(

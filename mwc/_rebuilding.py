@@ -134,8 +134,10 @@ def _continues(
     before, here = judged[i - 1], judged[i]
     if isinstance(before, str) or isinstance(here, str) or not linked(before, here):
         return False
-    later = i + 1 < len(crossing) and before.result in crossing[i + 1]
-    if later or before.result in results:
+    if before.result in (*results, *_alive(crossing, i + 1)):
+        return False
+    # Sweep V makes one array of a stage: masks and counters would be lost.
+    if any({*one.stage.graph.outvars} != {one.result} for one in (before, here)):
         return False
     run = [one for one in judged[start : i + 1] if isinstance(one, Rebuilt)]
     most = _SHARE * planned_tolerance(before.result.aval.dtype, tolerance)
@@ -143,17 +145,39 @@ def _continues(
 
 
 def growth(run: Sequence[Rebuilt]) -> float:
-    """The rounding that rebuilding a run is expected to add."""
-    eps = float(jnp.finfo(run[0].result.aval.dtype).eps)
+    """The rounding that rebuilding a run is expected to add.
+
+    Every cotangent on the way counts: a product of bfloat16 rounds a float32 one.
+    """
+    eps = max(_eps(one) for one in run)
     return _ROUNDING * eps * run_error([one.found.amplification or 1.0 for one in run])
 
 
-def rebuilt_loop(loop: Loop, one: Rebuilt, tolerance: float | None) -> RebuiltLoop:
-    """A loop whose steps are rebuilt, with a cotangent kept as often as it must be."""
+def _eps(one: Rebuilt) -> float:
+    """The coarsest rounding on the way through a stage's backward."""
+    eqns = (e for inverse in one.found.inverses for e in inverse.link.eqns)
+    path = [one.result, *(v for e in eqns for v in (*e.invars, *e.outvars))]
+    return max(float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v))
+
+
+def rebuilt_loop(
+    loop: Loop, one: Rebuilt, tolerance: float | None
+) -> RebuiltLoop | None:
+    """A loop whose steps are rebuilt, with a cotangent kept as often as it must be.
+
+    None where one step alone adds too much, or where the state that it makes is not
+    the one that the next step reads.
+    """
+    nexts = loop.body.graph.outvars
+    place = loop.body.graph.invars[loop.carries].index(one.state)
+    if [v for v in nexts if is_inexact(v)] != [nexts[place]]:
+        return None
     most = _SHARE * planned_tolerance(one.result.aval.dtype, tolerance)
     every = min(_LONGEST, loop.length)
     while every > 1 and growth([one] * every) > most:
         every -= 1
+    if growth([one]) > most:
+        return None
     eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
     work = [eqn_flops(eqn) for eqn in loop.body.graph.eqns]
     push = [eqn_flops(eqn) for eqn in eqns]
@@ -183,6 +207,7 @@ def merged(
     stages: Sequence[Stage],
     judged: Sequence[Rebuilt | str],
     crossing: Sequence[tuple[Var, ...]],
+    results: Collection[Var],
     spans: Sequence[tuple[int, int]],
     tolerance: float | None,
 ) -> tuple[list[Stage], list[tuple[Var, ...]]]:
@@ -197,7 +222,7 @@ def merged(
             run = tuple(
                 one for one in judged[i : starts[i]] if isinstance(one, Rebuilt)
             )
-            lead = _lead(out, run[0])
+            lead = _lead(out, run[0], (*results, *_alive(crossing, i + 1)))
             if lead is not None:
                 out.pop()
                 alive.pop()
@@ -209,8 +234,21 @@ def merged(
     return out, alive
 
 
-def _lead(before: Sequence[Stage], first: Rebuilt) -> Straight | None:
-    """The stage before a run, if all it reads is the program's own inputs."""
+def _alive(crossing: Sequence[tuple[Var, ...]], i: int) -> tuple[Var, ...]:
+    """The variables alive before a stage, of which there may be none."""
+    return crossing[i] if i < len(crossing) else ()
+
+
+def _lead(
+    before: Sequence[Stage], first: Rebuilt, elsewhere: Collection[Var]
+) -> Straight | None:
+    """The stage before a run, if all it reads is the program's own inputs.
+
+    What it makes must be read by the run's first stage alone: a cotangent that came
+    from `elsewhere` would not reach it.
+    """
+    if first.state in elsewhere:
+        return None
     stage = before[-1] if before else None
     if not isinstance(stage, Straight) or stage.bits or len(before) > 1:
         return None

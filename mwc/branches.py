@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc.chained import Chained
-from mwc.stages import DRIFT, Straight, Values
+from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, evaluate, is_var, read
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Branches:
+class Branches(Whole):
     """A choice.
 
     Attributes:
@@ -47,16 +47,6 @@ class Branches:
     def eqn(self) -> Any:
         """The choice: an index, then the operands of every branch."""
         return self.graph.eqns[0]
-
-    @property
-    def bits(self) -> int:
-        """Nothing is kept for a leaf but its input."""
-        return 0
-
-    @property
-    def kept(self) -> int:
-        """The branch taken is run again as a whole."""
-        return 0
 
     @property
     def guards(self) -> int:

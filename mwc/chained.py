@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mwc.nodes.checkpoint import Checkpoint
-from mwc.stages import DRIFT, Stage, Values
+from mwc.stages import DRIFT, Stage, Values, Whole
 from passes.depend import carries_tangent
 from passes.graph import Graph, Var, evaluate, is_var
 from passes.linearise import is_inexact
@@ -21,7 +21,7 @@ Array = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chained:
+class Chained(Whole):
     """A program that can be run forwards and backwards.
 
     Attributes:
@@ -66,21 +66,6 @@ class Chained:
         return carries_tangent(self.graph, sources, is_inexact)
 
     # A stage ------------------------------------------------------------------
-
-    @property
-    def bits(self) -> int:
-        """Nothing is kept for a leaf but its input."""
-        return 0
-
-    @property
-    def kept(self) -> int:
-        """It is run again as a whole, never stored by the loop around it."""
-        return 0
-
-    @property
-    def names(self) -> tuple[Var, ...]:
-        """See `kept`."""
-        return ()
 
     @property
     def guards(self) -> int:

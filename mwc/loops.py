@@ -119,7 +119,7 @@ class Loop:
         if not store:
             self.run(values, effects)
             return []
-        return Sweeps(self, values).first(values)
+        return self.sweeps(values).first(values)
 
     def pull(
         self,
@@ -132,7 +132,11 @@ class Loop:
         """Cotangents of those inputs that are in `wanted`."""
         if not stored:
             saved = self.first(dict(values), store=True, effects=False)
-        return Sweeps(self, values).pull(saved, cts, wanted)
+        return self.sweeps(values).pull(saved, cts, wanted)
+
+    def sweeps(self, values: Values) -> Sweeps:
+        """The loops that it emits."""
+        return Sweeps(self, values)
 
 
 class Sweeps:

@@ -57,18 +57,9 @@ class RebuiltLoop(Loop):
         """Cotangents that are kept on the way."""
         return (self.length - 1) // self.every
 
-    def pull(
-        self,
-        values: Values,
-        saved: Sequence[Array],
-        stored: bool,
-        cts: Mapping[Var, Array],
-        wanted: Collection[Var],
-    ) -> Values:
-        """Cotangents of those inputs that are in `wanted`."""
-        if not stored:
-            saved = self.first(dict(values), store=True, effects=False)
-        return _Rebuilding(self, values).both(list(saved), cts, wanted)
+    def sweeps(self, values: Values) -> Sweeps:
+        """Sweeps R and V."""
+        return _Rebuilding(self, values)
 
 
 class _Rebuilding(Sweeps):
@@ -80,10 +71,11 @@ class _Rebuilding(Sweeps):
         self._rebuilt, self._one = loop, loop.one
         self._place = self.carry_vars.index(self._one.state)
 
-    def both(
-        self, bits: list[Array], cts: Mapping[Var, Array], wanted: Collection[Var]
+    def pull(
+        self, saved: Sequence[Array], cts: Mapping[Var, Array], wanted: Collection[Var]
     ) -> Values:
-        """The cotangents of wanted operands."""
+        """Cotangents of the wanted operands."""
+        bits = list(saved)
         eqn = self._rebuilt.eqn
         aval = self._one.result.aval
         h = cts.get(eqn.outvars[self._place])

@@ -98,6 +98,25 @@ class Stage(Protocol):
         ...
 
 
+class Whole:
+    """What stages have in common that keep nothing: their backward runs them again."""
+
+    @property
+    def bits(self) -> int:
+        """See `Stage`."""
+        return 0
+
+    @property
+    def kept(self) -> int:
+        """See `Stage`."""
+        return 0
+
+    @property
+    def names(self) -> tuple[Var, ...]:
+        """See `Stage`."""
+        return ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Straight:
     """A stage of straight-line code.

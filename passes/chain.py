@@ -28,11 +28,11 @@ from typing import Any
 
 from passes import _jax
 from passes.alike import subchains
-from passes.declared import declared_p
 from passes.depend import Side, last_reads, reached
 from passes.flops import eqn_flops, is_product
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.inline import inline
+from passes.links import side_of
 from passes.sizes import is_symbolic
 
 _LIGHT = 24  # light equations in one stage, at most about twice this many
@@ -151,8 +151,7 @@ def _inside(graph: Graph, state: list[int]) -> set[int]:
     for position, i in enumerate(state):
         if depth > 0:
             found.add(position)
-        eqn = graph.eqns[i]
-        side = eqn.params["side"] if eqn.primitive is declared_p else ""
+        side = side_of(graph.eqns[i])
         depth += (side == "in") - (side == "out")
     return found
 

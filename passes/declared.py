@@ -130,7 +130,7 @@ def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]
             drop = params["dimensions"]
             axes = tuple(a - sum(d < a for d in drop) for a in fact.axes)
             known[eqn.outvars[0]] = dataclasses.replace(fact, axes=axes)
-        elif name in ("slice", "dynamic_slice", "gather") and _whole(eqn, fact):
+        elif name in ("slice", "dynamic_slice") and _whole(eqn, fact):
             known[eqn.outvars[0]] = fact
     return known
 
@@ -138,10 +138,7 @@ def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]
 def _whole(eqn: Any, fact: Fact) -> bool:
     """Whether a slice leaves the matrices as they are."""
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    same = len(before) == len(after)
-    strides = eqn.params.get("strides")
-    plain = eqn.primitive.name != "gather" and (strides is None or set(strides) <= {1})
-    return same and plain and all(before[a] == after[a] for a in fact.axes)
+    return all(before[a] == after[a] for a in fact.axes)
 
 
 def weight_fact(

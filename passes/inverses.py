@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from passes import _jax
-from passes.declared import Fact, declared_p, weight_fact
+from passes.declared import Fact, weight_fact
 from passes.flops import eqn_flops
 from passes.graph import Var, is_var, size
 from passes.linearise import Linear
-from passes.links import Link
+from passes.links import Link, side_of
 from passes.probe import probe
 
 Eqn = Any
@@ -103,16 +103,17 @@ def told(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse | None:
     wide, narrow = _numbers(link.target), _numbers(link.source)
     name = _name(link)
     head = link.eqns[0]
-    if head.primitive is declared_p and head.params["side"] == "out":
-        rule, tail = head.params["rule"], link.eqns[-1]
-        if rule is None:
-            scale, why = head.params["scale"], "declared coisometric"
-            return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
-        if len(tail.params.get("lanes", ())) == len(head.params["lanes"]):
-            why = f"{rule.name} has a rule of its own"
-            return found(Verdict(rule.verdict), why, Rule.CUSTOM, 1.0, 1.0)
     if narrow > wide:
         return found(Verdict.NEVER, f"{name} widens: {wide} numbers to {narrow}")
+    if side_of(head) == "out" and side_of(link.eqns[-1]) == "in":
+        rule, lanes = head.params["rule"], link.eqns[-1].params["lanes"]
+        # Mapped over its weights alone, it is no longer the map that was declared.
+        if len(lanes) == len(head.params["lanes"]):
+            if rule is None:
+                scale, why = head.params["scale"], "declared coisometric"
+                return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
+            why = f"{rule.name} has a rule of its own"
+            return found(Verdict(rule.verdict), why, Rule.CUSTOM, 1.0, 1.0)
     if len(link.eqns) == 1:
         scale = _moved(head)
         if scale is not None:

@@ -62,15 +62,26 @@ def links_between(bwd: Graph, source: Var, target: Any) -> list[Link] | None:
 
 
 def _joined(links: list[Link]) -> list[Link]:
-    """What the user declared as one map is one link."""
+    """What the user declared as one map is one link.
+
+    A mark without its partner (a loop inside such a map is a stage of its own) says
+    nothing.
+    """
     found: list[Link] = []
-    inside = 0
+    opened: list[int] = []  # places of marks whose partner is still to come
     for link in links:
-        if inside:
-            before = found.pop()
-            link = Link((*before.eqns, *link.eqns), before.source, link.target)
         found.append(link)
-        for eqn in link.eqns[-1:]:
-            side = eqn.params["side"] if eqn.primitive is declared_p else ""
-            inside += (side == "out") - (side == "in")
+        side = side_of(link.eqns[-1])
+        if side == "out":
+            opened.append(len(found) - 1)
+        elif side == "in" and opened:
+            start = opened.pop()
+            parts = found[start:]
+            eqns = tuple(eqn for part in parts for eqn in part.eqns)
+            found[start:] = [Link(eqns, parts[0].source, link.target)]
     return found
+
+
+def side_of(eqn: Eqn) -> str:
+    """Which end of a map an equation marks, "in" or "out"; else an empty text."""
+    return eqn.params["side"] if eqn.primitive is declared_p else ""

@@ -21,6 +21,7 @@ was found checks the result.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import zlib
@@ -112,31 +113,37 @@ def probe(
         )
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
-    # A single number is a multiple of an isometry whatever its slope: draw more.
-    draws = max(1, -(-_LEAST // size(source)))
-    with jax.ensure_compile_time_eval():
+    steady = _steady(fwd, atoms)
+    # A single number is a multiple of an isometry whatever its slope, and so is an
+    # array with one gain for all of it: draw again, of another size.
+    draws = max(1 if steady else 2, -(-_LEAST // size(source)))
+    quiet = jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow")
+    with contextlib.ExitStack() as stack:
+        for one in (*quiet, jax.ensure_compile_time_eval()):
+            stack.enter_context(one)
         # At points each operation is compiled once for all programs; no need for jit.
         look = _Look(run if points else jax.jit(run))
         rows = []
-        for _ in range(draws):
-            made = [_random(rng, v.aval, points) for v in inputs]
+        for draw in range(draws):
+            made = [_random(rng, v.aval, points, 1 + 0.7 * draw) for v in inputs]
             h = _random(rng, source.aval, points)
             rows.append(look(made, h))
         made = [_level(x) for x in made]
         on_ties = look(made, h)
     scales, lost, apart, square, inverse, least = np.array(rows, np.float64).T
     scale = float(scales[0])
-    close = max(64 * float(jnp.finfo(source.aval.dtype).eps), 1e-12)
+    eps = float(jnp.finfo(source.aval.dtype).eps)
+    close = max((64 if eps < 1e-4 else 8) * eps, 1e-12)
     same = np.max(np.abs(scales - scale)) <= close * scale
     known = bool(same and np.max(lost) <= close and scale > 0)
     zeros = bool(np.min(least) == 0)
     growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
     return Probed(
-        scale=_rounded(scale) if known else None,
+        scale=_rounded(scale, eps) if known else None,
         diagonal=bool(np.max(apart) <= close),
         zeros=zeros,
         amplification=growth,
-        steady=_steady(fwd, atoms),
+        steady=steady,
         ties=bool(known and not on_ties[1] <= close),
     )
 
@@ -179,11 +186,11 @@ def _looked_at(pull: Callable[[Any], Any], h: Any) -> tuple[Any, ...]:
     return lost, apart, jnp.mean(square), inverse, jnp.min(square), again
 
 
-def _rounded(scale: float) -> float:
+def _rounded(scale: float, eps: float) -> float:
     """A ratio of small integers that a sum of random products came close to."""
     for bottom in (1, 2, 3, 4, 6, 8, 9, 12, 16):
         top = round(scale * bottom)
-        if top and abs(scale * bottom / top - 1) < 1e-4:
+        if top and abs(scale * bottom / top - 1) < 8 * eps:
             return top / bottom
     return scale
 
@@ -251,7 +258,9 @@ def _spread(x: Any) -> Any:
     return x if jnp.ndim(x) == 1 else jnp.broadcast_to(jnp.ravel(x)[:1], (_POINTS,))
 
 
-def _random(rng: np.random.Generator, aval: Any, points: bool = False) -> Any:
+def _random(
+    rng: np.random.Generator, aval: Any, points: bool = False, size: float = 1.0
+) -> Any:
     shape, dtype = aval.shape, aval.dtype
     if points and shape:
         shape = (_POINTS,)
@@ -260,9 +269,9 @@ def _random(rng: np.random.Generator, aval: Any, points: bool = False) -> Any:
         return keys.reshape(shape)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         both = rng.standard_normal((2, *shape))
-        return jnp.asarray(both[0] + 1j * both[1], dtype)
+        return jnp.asarray(size * (both[0] + 1j * both[1]), dtype)
     if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+        return jnp.asarray(size * rng.standard_normal(shape, np.float32), dtype)
     if dtype == jnp.bool_:
         return jnp.asarray(rng.integers(0, 2, shape, np.int8), bool)
     return jnp.zeros(shape, dtype)

@@ -88,8 +88,9 @@ def test_chains(x64, kind, kink):
     # Matrices of `orthogonal` may run again; a state of doubles is 192 bytes.
     most = DEPTH * (SKETCH + 4 * BATCH) + 8 * BATCH * WIDTH * 4
     assert plan.residual_bytes <= most
-    grows = [s.amplification for s in plan.stages if s.strategy == "moonwalk"]
-    assert all(a is not None and a < 1.5 for a in grows)
+    rebuilt = [s for s in plan.stages if s.strategy == "moonwalk" and s.bits]
+    assert len(rebuilt) >= DEPTH - 2
+    assert all(s.amplification and s.amplification < 1.5 for s in rebuilt)
 
 
 def test_narrowing_chain(x64):
@@ -333,10 +334,13 @@ def test_complex_weights(x64, loop):
 
 
 def test_bfloat16():
+    """Rebuilt only where the user's tolerance has room for what it rounds away."""
     params, batch = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.bfloat16), (weights(8, 32), data(16, 32))
     )
-    ours = moonwalk_compile(over_layers(), strategies=FORCED)
+    plain = moonwalk_compile(over_layers(), strategies=FORCED)
+    assert rows(plain.plan(params, batch)) == 0
+    ours = moonwalk_compile(over_layers(), strategies=FORCED, tolerance=0.2)
     mine, theirs = (jax.jit(jax.grad(f))(params, batch) for f in (ours, over_layers()))
     assert rows(ours.plan(params, batch)) == 1
     wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (params, batch))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,26 +12,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mwc import moonwalk_compile
+from tests.eight import eight, outer, run_on_eight
 from tests.submersive import chain, data, layers, over_layers, weights
-
-_FLAG = "--xla_force_host_platform_device_count=8"
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def eight(test):
-    return pytest.mark.skipif(
-        jax.device_count() < 8, reason="runs in the process of test_on_eight_devices"
-    )(test)
-
-
-@pytest.mark.skipif(jax.device_count() >= 8, reason="is the outer process")
+@outer
 def test_on_eight_devices():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_on_eight(__file__)
 
 
 def case(loop, harm=False):

@@ -29,14 +29,14 @@ import jax.numpy as jnp
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.nodes.rebuild import Rebuilt
-from mwc.stages import DRIFT, Straight, Values
+from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, is_var
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moonwalk:
+class Moonwalk(Whole):
     """A run of stages whose cotangents are rebuilt.
 
     Attributes:
@@ -79,16 +79,6 @@ class Moonwalk:
     def bits(self) -> int:
         """Arrays that the first pass keeps."""
         return sum(s.stage.bits for s in self.stages)
-
-    @property
-    def kept(self) -> int:
-        """It is never stored as a whole."""
-        return 0
-
-    @property
-    def names(self) -> tuple[Var, ...]:
-        """See `kept`."""
-        return ()
 
     @property
     def guards(self) -> int:
