@@ -65,7 +65,8 @@ class Sketcher:
         signed = summed * self.signs[buckets, flat.shape[1]].astype(wide)
         groups = min(_SUMS // buckets, signed.shape[1])
         size = -(-signed.shape[1] // groups)
-        signed = jnp.pad(signed, ((0, 0), (0, groups * size - signed.shape[1])))
+        if short := groups * size - signed.shape[1]:
+            signed = jnp.pad(signed, ((0, 0), (0, short)))
         return signed.reshape(buckets, groups, size).sum(-1)
 
 
@@ -113,11 +114,12 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
 
 
 def reading(expected: Array, found: Array) -> Array:
-    """|s - s'| / |s|, a scalar; not finite where either is not."""
-    scale = jnp.max(jnp.abs(expected))
+    """|s - s'| / |s| of each [..., buckets, groups]; not finite where either is not."""
+    over = -2, -1
+    scale = jnp.max(jnp.abs(expected), over, keepdims=True)
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    gap = jnp.sum(((expected - found) / scale) ** 2)
-    size = jnp.sum((expected / scale) ** 2)
+    gap = jnp.sum(((expected - found) / scale) ** 2, over)
+    size = jnp.sum((expected / scale) ** 2, over)
     # Zero cotangents pass: nothing over nothing is no error.
     return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
 
@@ -128,14 +130,8 @@ def fine(readings: Array, limit: Array | float) -> Array:
 
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
-    """The gradients, or NaN in their place; in place, not a select of copies."""
-
-    def spoil(state: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-        flag, now = state
-        return jnp.ones_like(flag), [jnp.full_like(g, jnp.nan) for g in now]
-
-    # A loop of zero or one trips.
-    return lax.while_loop(lambda s: ~s[0], spoil, (passes, list(grads)))[1]
+    """The gradients, or NaN in their place: the compiler selects in place."""
+    return [jnp.where(passes, g, jnp.nan) for g in grads]
 
 
 # Relative rounding of one product, by matrix precision; DESIGN section 9.

@@ -125,7 +125,7 @@ def probe(
         look = _Look(run if points else jax.jit(run))
         rows = []
         for draw in range(draws):
-            made = [_random(rng, v.aval, points, 1 + 0.7 * draw) for v in inputs]
+            made = [_random(rng, v.aval, points, 1 + 0.7 * (draw % 2)) for v in inputs]
             h = _random(rng, source.aval, points)
             rows.append(look(made, h))
         made = [_level(x) for x in made]

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from mwc import _shared
+from mwc._plan import Plan
 from passes import _jax
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -25,7 +26,7 @@ class Recompute:
 
     def __init__(self, jaxpr):
         self.jaxpr = jaxpr
-        self.plan, self.guarded = None, ()
+        self.plan, self.guarded = Plan((), 0.0, 0, 0, 0, 0), ()
         self.fun = partial(_jax.run_jaxpr, jaxpr)
 
     def forward(self, active, args):

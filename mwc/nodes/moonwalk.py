@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -205,33 +206,42 @@ class Moonwalk(Whole):
     ) -> Values:
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(bits)]
-        readings: list[Array] = []
+        again: list[Array] = []
         found: Values = {}
         for i, one in enumerate(stages):
             known = one.push(values, bits[i], h, ties[i])
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            readings.append(guard.reading(marks[i], take(h)))
+            mark = take(h)
             grads = _added(found, one.gradients(values, bits[i], known, wanted))
             ends = []
             if i + 1 < len(stages):
                 ends = [one.advance(values, bits[i])]
             # The gradients leave together with the next state, or XLA puts them off.
-            both = barrier([h, readings[i], *grads.values(), *ends])
-            h, readings[i] = both[0], both[1]
+            both = barrier([h, mark, *grads.values(), *ends])
+            h, again = both[0], [*again, both[1]]
             found.update(zip(grads, both[2:], strict=False))
             values.pop(one.state)
             if ends:
                 values[one.result] = both[-1]
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
-        seen = jnp.stack(readings)
+        seen = jnp.concatenate(_readings(marks, again))
         safe = guard.nan_unless(guard.fine(seen, limit), list(found.values()))
         found = dict(zip(found, safe, strict=True))
         if DRIFT in wanted:
             found[DRIFT] = seen / (guard.TRIP * limit)
         return found
+
+
+def _readings(marks: Sequence[Array], again: Sequence[Array]) -> list[Array]:
+    """Of the sketches of both sweeps: in order, those of one shape together."""
+    pairs = itertools.groupby(
+        zip(marks, again, strict=False), lambda pair: pair[0].shape
+    )
+    both = [[*zip(*group, strict=True)] for _, group in pairs]
+    return [guard.reading(jnp.stack(a), jnp.stack(b)) for a, b in both]
 
 
 def _added(found: Values, more: Values) -> Values:
