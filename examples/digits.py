@@ -24,8 +24,9 @@ from sklearn.datasets import load_digits
 import mwc
 
 # Between the losses of the two runs, after every step. One gradient agrees to 1e-5;
-# sorting and Adam then magnify rounding from step to step, in any two programs.
-TOLERANCE = 0.2
+# training a network that sorts then magnifies rounding from step to step: two plain
+# runs whose batches have their rows in different orders are 0.005 apart by the end.
+TOLERANCE = 0.05
 
 
 # %% [markdown]
@@ -89,12 +90,12 @@ def plain_loss(params, batch):
 loss = mwc.moonwalk_compile(plain_loss)
 
 
-def orthogonal_adam(steps):
-    """Adam, then back to the nearest orthogonal weights."""
-    schedule = optax.cosine_decay_schedule(3e-3, steps)
+def orthogonal_momentum(steps):
+    """Gradient descent, then back to the nearest orthogonal weights."""
+    schedule = optax.cosine_decay_schedule(0.1, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adam(schedule, eps=1e-3),
+        optax.sgd(schedule, momentum=0.9),
         mwc.constraints.retraction(lambda path, _: "weight" in path),
     )
 
@@ -108,7 +109,7 @@ def train(name, fun, params, data, epochs, batch, seed, progress):
     """The loss of every step, the parameters, and the seconds that a step takes."""
     images, labels = data
     steps = len(labels) // batch
-    optimizer = orthogonal_adam(epochs * steps)
+    optimizer = orthogonal_momentum(epochs * steps)
 
     @jax.jit
     def step(params, state, batch):

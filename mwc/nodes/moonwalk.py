@@ -187,8 +187,10 @@ class Moonwalk(Whole):
         marks: list[Array] = []
         ties: list[list[Array]] = []
         for i in reversed(range(len(self.stages))):
+            # What is made of a stage's bits alone must wait for its turn too.
+            h, *here = barrier([h, *bits[i]])
             mark = [take(h)] if take is not None and i <= last else []
-            below, kept = self.stages[i].pull(values, bits[i], h, ties=bool(mark))
+            below, kept = self.stages[i].pull(values, here, h, ties=bool(mark))
             h, *both = barrier([below, *mark, *kept])
             marks += both[: len(mark)]
             ties += [both[len(mark) :]] if mark else []
@@ -209,15 +211,16 @@ class Moonwalk(Whole):
         again: list[Array] = []
         found: Values = {}
         for i, one in enumerate(stages):
-            known = one.push(values, bits[i], h, ties[i])
+            h, *here = barrier([h, *bits[i]])
+            known = one.push(values, here, h, ties[i])
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
             mark = take(h)
-            grads = _added(found, one.gradients(values, bits[i], known, wanted))
+            grads = _added(found, one.gradients(values, here, known, wanted))
             ends = []
             if i + 1 < len(stages):
-                ends = [one.advance(values, bits[i])]
+                ends = [one.advance(values, here)]
             # The gradients leave together with the next state, or XLA puts them off.
             both = barrier([h, mark, *grads.values(), *ends])
             h, again = both[0], [*again, both[1]]
