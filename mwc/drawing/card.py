@@ -78,9 +78,10 @@ def boxes(card: Card, frame: Frame) -> Iterator[Box]:
         text = f"keeps {size(total)}" if total else "keeps nothing"
         bar = _bar(total, look.bar, look.fill, frame) | {"color": look.line}
         yield _box("backprop", ["backpropagation", text], bar)
-    yield _box("R", ["R  sweep back", *_back(members)], _sweep("R"))
+    gives = ", gives dθ" if card.parameters else ""
+    yield _box("R", ["R  sweep back", *_back(members, gives)], _sweep("R"))
     if frame.rebuilt and _rebuilt(members):
-        lines = [*_again(members), "rebuilds h, gives dθ"]
+        lines = [*_again(members), f"rebuilds h{gives}"]
         yield _box("V", ["V  sweep forward", *lines], _sweep("V"))
     if card.parameters:
         look = {"fillcolor": "#fffdf0", "color": "#c8b45a"}
@@ -101,7 +102,8 @@ def _title(members: Sequence[Attributes]) -> list[str]:
         places = f"stages {first['index']}…{members[-1]['index']}"
         places += f" by {step}" if step > 1 else ""
     times = count * first["steps"]
-    lines = [ending(name_of(members), 30) + (f"  ×{times}" if times > 1 else "")]
+    name = ending(name_of(members), 30) or first["kind"]
+    lines = [name + (f"  ×{times}" if times > 1 else "")]
     lines.append(f"{places} · {first['kind']}")
     if first["source"] and first["source"] != first["name"]:
         lines.append(beginning(place(first["source"]), 32))
@@ -194,7 +196,7 @@ def _rebuilt(members: Sequence[Attributes]) -> bool:
     return any("V" in m["sweeps"] for m in members)
 
 
-def _back(members: Sequence[Attributes]) -> list[str]:
+def _back(members: Sequence[Attributes], gives: str) -> list[str]:
     if _rebuilt(members):
         return ["pulls h, keeps a sketch"]
-    return [*_again(members), "pulls h, gives dθ"]
+    return [*_again(members), f"pulls h{gives}"]

