@@ -211,6 +211,8 @@ def test_svg_says_what_is_kept():
     assert f"predicted peak {size(plan.peak_bytes)}" in together
     assert "params[0…11][0] ×12" in together
     assert "backpropagation" not in lines
+    ids = {element.get("id") for element in ET.fromstring(plan._repr_svg_()).iter()}
+    assert {"stage-0-F", "stage-0-R", "stage-0-V", "stage-0-parameters"} <= ids
 
 
 def test_compare_shows_backpropagation_of_every_stage():

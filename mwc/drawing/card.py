@@ -119,9 +119,8 @@ def name_of(members: Sequence[Attributes]) -> str:
 
 def _parameters(parameters: Sequence[Attributes]) -> Iterator[str]:
     for p in parameters[:_LINES]:
-        yield ending(path(p["name"]), 28) + (
-            f" ×{p['count']}" if p["count"] > 1 else ""
-        )
+        times = f" ×{p['count']}" if p["count"] > 1 else ""
+        yield ending(path(p["name"]), 28) + times
         yield f"   {shape(p)} · {size(p['bytes'])}"
     rest = parameters[_LINES:]
     if rest:
@@ -189,6 +188,7 @@ def _again(members: Sequence[Attributes]) -> list[str]:
     if most < 0.05:
         return []
     span = f"{most:.1f}" if most - least < 0.05 else f"{least:.1f}–{most:.1f}"
+    span = span if least >= 0.05 else f"up to {most:.1f}"
     return [f"runs again {span}×"]
 
 

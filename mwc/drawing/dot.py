@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -148,7 +149,9 @@ class _Drawing:
         first = card.members[0]
         tip = f"{first['name']}\n{first['source']}\n{first['reason']}"
         name = _node(card.name, box.lane)
-        look = {"tooltip": tip, "id": name, "group": box.lane, **box.attributes}
+        # Scripts find a box in the SVG by its id: "stage-3-F".
+        look = {"tooltip": tip, "id": re.sub(r"[^\w-]+", "-", name), "group": box.lane}
+        look |= box.attributes
         dot.node(name, box.text, **look)
 
     def _wire(self, dot: graphviz.Digraph, wire: Wire) -> None:
