@@ -9,6 +9,7 @@ from mwc._check import CheckReport
 from mwc._coisometric import coisometric
 from mwc._compile import Compiled, moonwalk_compile
 from mwc._drift import Drift
+from mwc._plan import Plan
 from mwc._trace import MoonwalkConcretizationError, MoonwalkTracerError
 from mwc._vijp import custom_vijp, register_vijp
 from mwc.errors import (
@@ -33,6 +34,7 @@ __all__ = [
     "MoonwalkTypeError",
     "MoonwalkUnsupportedError",
     "MoonwalkValueError",
+    "Plan",
     "coisometric",
     "constraints",
     "custom_vijp",

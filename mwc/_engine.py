@@ -46,7 +46,7 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     assembly = Assembly(graph, parameters, graph.invars, options)
     extra = 2.0 if options.extra_forwards is None else options.extra_forwards
     chained, decision = assembly.schedule(extra)
-    plan = describe(chained.node, decision, graph, options.strict)
+    plan = describe(chained, decision, jaxpr, roles, options.strict)
     return Emitted(jaxpr, chained, plan, guarded_rows(chained.node))
 
 

@@ -61,6 +61,12 @@ def test_memory_table():
     assert "--target" in said
 
 
+def test_draw_plans(tmp_path):
+    run("examples/draw_plans.py", str(tmp_path))
+    for name, text in (("moonwalk.svg", "bits"), ("unet.svg", "down2")):
+        assert text in (tmp_path / name).read_text()
+
+
 def test_tour_of_the_readme():
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code) == 2

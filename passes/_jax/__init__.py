@@ -105,6 +105,19 @@ def source_line(eqn: Eqn) -> str:
     return ":".join(parts[:2]) + (f" {name}" if name else "")
 
 
+def function_names(jaxpr: Jaxpr) -> tuple[str, list[str]]:
+    """The name of a traced function, and the user's paths of its inputs.
+
+    What the function captured comes first and has no path.
+    """
+    info = opened(jaxpr)[0].debug_info
+    count = len(jaxpr.in_avals)
+    names = info.arg_names if info.arg_names is not None else ()
+    names = (*names, *[""] * (count - len(names)))[:count]
+    paths = [name or f"captured[{i}]" for i, name in enumerate(names)]
+    return info.func_src_info.partition(" ")[0], paths
+
+
 def scan_layout(eqn: Eqn) -> tuple[int, int]:
     """Numbers of constants and carries of a scan, which come first in its operands."""
     # JAX 0.11 replaced `num_consts` and `num_carry` by a tree, `ft_in`.

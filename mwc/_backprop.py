@@ -1,0 +1,81 @@
+"""What backpropagation would keep for each stage: the residuals that JAX has.
+
+Each value is counted once, at the first stage whose derivative reads it; a function's
+own arguments, and what follows from them without the state, are left out. It is what
+`jax.vjp` of the undecorated function holds on to. Limits: the compiler keeps less of
+it where it fuses (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from mwc.branches import Branches
+from mwc.chained import Chained
+from mwc.loops import Loop
+from mwc.nodes.checkpoint import Checkpoint
+from mwc.nodes.moonwalk import Moonwalk
+from mwc.stages import Stage, Straight
+from passes.depend import reached
+from passes.graph import Var, is_var, nbytes
+from passes.linearise import Linear
+
+
+def unrolled(node: Checkpoint) -> list[Stage]:
+    """The stages of a chain, those of runs one by one."""
+    flat: list[Stage] = []
+    for stage in node.stages:
+        flat += stage.straight if isinstance(stage, Moonwalk) else [stage]
+    return flat
+
+
+def backprop_bytes(flat: Sequence[Stage], carry: Collection[Var] = ()) -> list[int]:
+    """Bytes of the residuals that `jax.vjp` keeps, of each stage.
+
+    Args:
+      flat: the stages of a chain (`unrolled`).
+      carry: inputs of the chain that are states as well.
+
+    Returns:
+      Bytes, one number a stage.
+    """
+    bound = {*carry, *(v for stage in flat for v in stage.graph.outvars)}
+    seen: set[Var] = set()
+    found: list[int] = []
+    for stage in flat:
+        if isinstance(stage, Branches):
+            stage = stage.plain
+        if isinstance(stage, Loop):
+            found.append(stage.length * step_bytes(stage))
+            continue
+        assert isinstance(stage, Straight)
+        fwd, chain = stage.linear.fwd, stage.chain_names()
+        moving = reached(fwd, [f for f in fwd.invars if chain[f] in bound])
+        total = 0
+        for v in set(filter(is_var, _own(stage.linear))) & moving:
+            name = chain.get(v)
+            if name is None or name not in seen:
+                seen.update({name} - {None})
+                total += nbytes(v)
+        found.append(total)
+    return found
+
+
+def step_bytes(loop: Loop) -> int:
+    """Bytes of the residuals of one step, per-step inputs and constants left out."""
+    body = loop.body
+    if not isinstance(body, Straight):
+        assert isinstance(body, Chained)
+        carry = body.graph.invars[loop.carries]
+        return sum(backprop_bytes(unrolled(body.node), carry))
+    linear = body.linear
+    outer = set(linear.fwd.invars) - set(linear.fwd.invars[loop.carries])
+    moving = reached(linear.fwd, linear.fwd.invars[loop.carries])
+    rows = {v for v in _own(linear) if is_var(v) and v not in outer}
+    return sum(nbytes(v) for v in rows & moving)
+
+
+def _own(linear: Linear) -> tuple[Any, ...]:
+    """The residuals that JAX has."""
+    return linear.residuals[: linear.jaxs]
