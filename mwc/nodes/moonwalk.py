@@ -175,6 +175,19 @@ class Moonwalk(Whole):
         avals = [s.result.aval for s in self.stages[: last + 1]]
         return [(*a.shape, 2) if jnp.iscomplexobj(a) else a.shape for a in avals]
 
+    def _due(
+        self, i: int, h: Array, bits: Sequence[Array], values: Values
+    ) -> tuple[Array, list[Array], Values]:
+        """A cotangent with the bits and the values that its stage reads.
+
+        What is made of these alone, such as an orthogonal matrix of its parameters,
+        must wait for its turn too, or the compiler makes it for all stages at once.
+        """
+        read = [v for v in self.stages[i].stage.graph.invars if v in values]
+        h, *held = barrier([h, *bits, *(values[v] for v in read)])
+        here, given = held[: len(bits)], held[len(bits) :]
+        return h, here, dict(zip(read, given, strict=True))
+
     def _back(
         self,
         values: Values,
@@ -187,10 +200,9 @@ class Moonwalk(Whole):
         marks: list[Array] = []
         ties: list[list[Array]] = []
         for i in reversed(range(len(self.stages))):
-            # What is made of a stage's bits alone must wait for its turn too.
-            h, *here = barrier([h, *bits[i]])
+            h, here, given = self._due(i, h, bits[i], values)
             mark = [take(h)] if take is not None and i <= last else []
-            below, kept = self.stages[i].pull(values, here, h, ties=bool(mark))
+            below, kept = self.stages[i].pull(given, here, h, ties=bool(mark))
             h, *both = barrier([below, *mark, *kept])
             marks += both[: len(mark)]
             ties += [both[len(mark) :]] if mark else []
@@ -211,16 +223,16 @@ class Moonwalk(Whole):
         again: list[Array] = []
         found: Values = {}
         for i, one in enumerate(stages):
-            h, *here = barrier([h, *bits[i]])
-            known = one.push(values, here, h, ties[i])
+            h, here, given = self._due(i, h, bits[i], values)
+            known = one.push(given, here, h, ties[i])
             # Or XLA makes one product of this one and the state's, and copies of both.
-            h, values[one.state] = barrier([known[one.last], values[one.state]])
+            h, given[one.state] = barrier([known[one.last], given[one.state]])
             known[one.last] = h
             mark = take(h)
-            grads = _added(found, one.gradients(values, here, known, wanted))
+            grads = _added(found, one.gradients(given, here, known, wanted))
             ends = []
             if i + 1 < len(stages):
-                ends = [one.advance(values, here)]
+                ends = [one.advance(given, here)]
             # The gradients leave together with the next state, or XLA puts them off.
             both = barrier([h, mark, *grads.values(), *ends])
             h, again = both[0], [*again, both[1]]
