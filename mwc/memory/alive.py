@@ -38,6 +38,7 @@ class Value(NamedTuple):
     size: int
     first: int
     last: int
+    filled: bool
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -116,13 +117,17 @@ class Live:
 
     @property
     def kept_bytes(self) -> int | None:
-        """Bytes of the forward pass that are alive at its end, for the backward one."""
+        """Bytes of the forward pass that are alive at its end, for the backward one.
+
+        Zeros that gradients will be added to are not the forward pass's.
+        """
         if self.turn is None:
             return None
         kept = [
             v
             for v in self.values
-            if v.first <= self.turn < v.last and not is_backward(self._scope(v))
+            if v.first <= self.turn < v.last
+            and not (v.filled or is_backward(self._scope(v)))
         ]
         return int(self._alive(kept)[self.turn])
 
@@ -158,6 +163,8 @@ class Live:
                 yield v
 
     def _text(self, value: Value) -> str:
+        if value.filled:
+            return "one number throughout"
         named = label(self._scope(value))
         return named or ("a result" if value.kind == "result" else value.name)
 

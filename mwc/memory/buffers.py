@@ -29,6 +29,10 @@ _SCOPE = re.compile(
     r'^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*?op_name="(?P<scope>(?:[^"\\]|\\.)*)"',
     re.MULTILINE,
 )
+_FILLED = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = \S+ (?:fusion|broadcast)\((?:%?constant[\w.\-]*)?\)",
+    re.MULTILINE,
+)
 
 
 def read(place: pathlib.Path) -> dict[str, Any] | None:
@@ -41,8 +45,9 @@ def read(place: pathlib.Path) -> dict[str, Any] | None:
       None if there is nothing to read, else plain data: "steps", for each instruction
       in order the name scope and primitive that it comes from ("" where XLA made it);
       "values", a list of (name, scope, shape, kind, allocation, offset, bytes, first
-      step, last step), kind one of "argument", "constant", "result", "temporary".
-      Values that are tables of pointers are left out.
+      step, last step, filled), kind one of "argument", "constant", "result",
+      "temporary", filled whether it is one number throughout (zeros to add to), which
+      XLA may make long before it is read. Tables of pointers are left out.
     """
     texts = [
         _text(place, f"*after_optimizations{suffix}.txt")
@@ -52,15 +57,15 @@ def read(place: pathlib.Path) -> dict[str, Any] | None:
     if not assigned or not ranges:
         return None
     scopes = {m["name"]: m["scope"] for m in _SCOPE.finditer(module)}
+    filled = set(_FILLED.findall(module))
     order, alive = _ranges(ranges)
     values = []
     for name, shape, kind, allocation, offset, size in _values(assigned):
         if name in alive and kind:
             base = name.partition("{")[0]
-            where = allocation, offset, size
-            values.append(
-                (base, scopes.get(base, ""), shape, kind, *where, *alive[name])
-            )
+            where = allocation, offset, size, *alive[name]
+            found = base, scopes.get(base, ""), shape, kind
+            values.append((*found, *where, base in filled))
     return {"steps": [scopes.get(name, "") for name in order], "values": values}
 
 

@@ -25,6 +25,9 @@ import platformdirs
 BOUND = 64 * 2**20
 """Most bytes that the folder holds."""
 
+# What is written has another meaning when this changes.
+_FORMAT = 1
+
 
 def folder() -> pathlib.Path | None:
     """Where the files are; None if the cache is switched off."""
@@ -46,7 +49,7 @@ def key(blob: bytes, **others: Any) -> str:
     Returns:
       A hash in hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([_FORMAT, others], sort_keys=True).encode())
     digest.update(b"\0" + blob)
     return digest.hexdigest()
 

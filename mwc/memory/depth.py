@@ -7,7 +7,8 @@ shallowest that does not are close. What is reported was compiled and found to f
 *Estimated* (`estimate`, from the report of one program): temporaries are taken to grow
 with depth L as L for backpropagation, as the square root of L for one level of
 checkpoints and as its cube root for two; of what a plan keeps, bits and stored values
-as L and kept states as the square root, and the rest not at all.
+as L and kept states as the square root (as L in a plan of less than one extra forward
+pass, which cannot do with fewer), and the rest not at all.
 
 Limits: an estimate knows nothing of what stays as it is whatever the depth (an
 embedding, a loss over a vocabulary), and a plan may have more in hand; measure before
@@ -138,7 +139,7 @@ def _estimated(row: Row, limit: int, repeats: int, whole: bool) -> DepthRow:
         kept = min(row.kept_bytes, row.temp_bytes)
         growing = row.growing_bytes * kept / row.kept_bytes
         root, fixed = kept - growing, row.temp_bytes - kept
-        note = "bits as L, kept states as √L"
+        note = "as L" if root <= 0 else "bits as L, kept states as √L"
     else:
         return DepthRow(row.method, None, note="its plan is not known")
     if whole:
@@ -235,9 +236,10 @@ def _next(known: Mapping[int, int], limit: int) -> int | None:
     over = min((d for d, need in known.items() if need > limit), default=0)
     if over and over - fits <= max(1, fits * _CLOSE):
         return None
-    if not over:
-        return min(8 * fits, max(fits + 1, _crossing(known, limit)))
-    return max(fits + 1, min(over - 1, _crossing(known, limit)))
+    # Each depth narrows the interval, whatever the law says: bytes may be flat.
+    guess, gap = _crossing(known, limit), (over or 3 * fits) - fits
+    least = fits + max(1, gap // 8)
+    return max(least, min(over - max(1, gap // 8) if over else 8 * fits, guess))
 
 
 def _crossing(known: Mapping[int, int], limit: int) -> int:

@@ -139,6 +139,8 @@ def curves(timeline: Timeline) -> Figure:
 
 
 def _curve(axes: Any, one: Series, colour: str) -> None:
+    from matplotlib.patheffects import withStroke
+
     count = max(len(one.bytes) - 1, 1)
     places = [100 * i / count for i in range(len(one.bytes))]
     heights = [size / MIB for size in one.bytes]
@@ -159,6 +161,7 @@ def _curve(axes: Any, one: Series, colour: str) -> None:
         fontsize=9,
         color=colour,
         weight="bold",
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
     )
     if one.turn is not None and one.source == "compiler":
         turn = 100 * one.turn / count

@@ -54,8 +54,8 @@ class Row:
       predicted_bytes: what the plan says of `temp_bytes`; None where there is no plan,
         and for several devices.
       kept_bytes: what the plan says is kept between its sweeps, likewise.
-      growing_bytes: those of them that grow with depth in proportion (bits and stored
-        values); kept states grow slower.
+      growing_bytes: those of them that grow with depth in proportion: bits and stored
+        values, and kept states of a plan that runs less than once again.
     """
 
     method: str
@@ -292,6 +292,8 @@ def _row(subject: Subject, method: str, target: targets.Target) -> Row:
 
 def _growing(plan: Any) -> int:
     """Bytes kept that grow with depth in proportion."""
+    if plan.extra_forwards < 0.95:  # a slot for every few stages, however many
+        return plan.residual_bytes + plan.state_bytes
     total = 0
     for stage in plan.stages:
         states = stage.strategy == "checkpoint"
