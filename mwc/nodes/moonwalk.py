@@ -102,12 +102,12 @@ class Moonwalk(Whole):
         kept: list[Array] = []
         if self.lead is not None:
             self.lead.run(values, effects)
-        for one in self.stages:
-            bits = one.stage.first(values, False, effects)
-            if bits:
-                # Packs now, not when the backward asks for it.
-                both = barrier([values[one.result], *bits])
-                values[one.result], bits = both[0], both[1:]
+        for i, one in enumerate(self.stages):
+            state, _, given = self._due(i, values[one.state], [], values)
+            given[one.state] = state
+            bits = one.stage.first(given, False, effects)
+            # Packs now, not when the backward asks for it.
+            values[one.result], *bits = barrier([given[one.result], *bits])
             kept += bits
         return kept
 
@@ -178,15 +178,17 @@ class Moonwalk(Whole):
     def _due(
         self, i: int, h: Array, bits: Sequence[Array], values: Values
     ) -> tuple[Array, list[Array], Values]:
-        """A cotangent with the bits and the values that its stage reads.
+        """A cotangent or state, with the bits and the other inputs of its stage.
 
         What is made of these alone, such as an orthogonal matrix of its parameters,
         must wait for its turn too, or the compiler makes it for all stages at once.
         """
-        read = [v for v in self.stages[i].stage.graph.invars if v in values]
-        h, *held = barrier([h, *bits, *(values[v] for v in read)])
-        here, given = held[: len(bits)], held[len(bits) :]
-        return h, here, dict(zip(read, given, strict=True))
+        one = self.stages[i]
+        given = {v: values[v] for v in one.stage.graph.invars if v in values}
+        given.pop(one.state, None)
+        h, *held = barrier([h, *bits, *(given[v] for v in one.sources)])
+        given.update(zip(one.sources, held[len(bits) :], strict=True))
+        return h, held[: len(bits)], given
 
     def _back(
         self,
@@ -226,7 +228,7 @@ class Moonwalk(Whole):
             h, here, given = self._due(i, h, bits[i], values)
             known = one.push(given, here, h, ties[i])
             # Or XLA makes one product of this one and the state's, and copies of both.
-            h, given[one.state] = barrier([known[one.last], given[one.state]])
+            h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
             mark = take(h)
             grads = _added(found, one.gradients(given, here, known, wanted))

@@ -15,6 +15,7 @@ section 2. Limits: those of `passes.submersion`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from mwc.nodes.polish import polished
 from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
 from passes import _jax
+from passes.depend import reached
+from passes.flops import eqn_flops
 from passes.graph import Graph, Var, evaluate, read
 from passes.submersion import Inverse, Rule, Submersion
 
@@ -95,6 +98,20 @@ class Rebuilt:
                 h, lost = mended(h, lost[-2:]), lost[:-2]
             known[link.source] = h
         return known
+
+    @functools.cached_property
+    def sources(self) -> tuple[Var, ...]:
+        """Inputs of what costs matrix products and does not need the state."""
+        graph = self.stage.graph
+        moving = reached(graph, [self.state])
+        dear = [
+            v
+            for e in graph.eqns
+            if eqn_flops(e).matrix and not moving & {*e.outvars}
+            for v in e.outvars
+        ]
+        need = graph.inputs_of(dear)
+        return tuple(v for v in graph.invars if v in need)
 
     @property
     def last(self) -> Var:
