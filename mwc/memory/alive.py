@@ -126,10 +126,14 @@ class Live:
         kept = [
             v
             for v in self.values
-            if v.first <= self.turn < v.last
-            and not (v.filled or is_backward(self._scope(v)))
+            if v.first <= self.turn < v.last and not (v.filled or self._is_backward(v))
         ]
         return int(self._alive(kept)[self.turn])
+
+    def _is_backward(self, value: Value) -> bool:
+        """Whether a value is the backward pass's, gradients from the start included."""
+        scope = self._scope(value)
+        return is_backward(scope) or (value.kind == "result" and not scope)
 
     @functools.cached_property
     def peak(self) -> Peak:
