@@ -190,25 +190,25 @@ def test_estimates_follow_their_laws():
     made = MemoryReport("cpu", (*rows, ours, plain, Row("failed")))
     with pytest.raises(MoonwalkValueError, match="repeats no block"):
         made.depth_at(400)
-    found = made.depth_at(400, repeats=10)
+    found = made.depth_at(400, repeats=10, whole=False)
     assert [r.depth for r in found.rows[:3]] == [40, 160, 640]
     # 20 fixed, 20 r of bits and 60 √r of states: r = 7.1 fits 400 less than it does.
     assert 20 + 20 * 8.5 + 60 * 8.5**0.5 < 400 < 20 + 20 * 11 + 60 * 11**0.5
     assert 85 < found["moonwalk"] < 110
     assert found["other"] is None
     assert found["failed"] is None
-    assert made.depth_at(50, repeats=10)["backprop"] == 5
+    assert made.depth_at(50, repeats=10, whole=False)["backprop"] == 5
     assert made.depth_at(5, repeats=10)["moonwalk"] == 0
     # 30 of weights and 30 of gradients grow, 10 of data does not.
-    assert made.depth_at(330, repeats=10, whole=True)["backprop"] == 20
+    assert made.depth_at(330, repeats=10)["backprop"] == 20
     assert "estimated" in str(found)
 
 
 def test_a_report_estimates_its_own_block(report):
     assert report.repeats.count == 12
     twice = 2 * report["backprop"].temp_bytes
-    assert report.depth_at(twice)["backprop"] == 24
-    found = report.depth_at(report["moonwalk"].temp_bytes)
+    assert report.depth_at(twice, whole=False)["backprop"] == 24
+    found = report.depth_at(report["moonwalk"].temp_bytes, whole=False)
     assert found["moonwalk"] == 12
     assert found["checkpoint"] < 12
 
@@ -219,14 +219,15 @@ def test_depths_are_measured():
         return moonwalk_compile(program.loss), program.params, program.batch
 
     needs = make(6)[0].memory(*make(6)[1:], methods=["backprop"])["backprop"].temp_bytes
-    found = depth.depth_at(make, needs, methods=["backprop"], start=2, tries=6)
+    options = {"methods": ["backprop"], "start": 2, "whole": False}
+    found = depth.depth_at(make, needs, tries=6, **options)
     assert found["backprop"] == 6
     assert found.rows[0].bytes == needs
     assert found.rows[0].over == 7
     assert found.measured
     assert "compiled" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["rows"][0]["depth"] == 6
-    tiny = depth.depth_at(make, 64, methods=["backprop"], start=2, tries=4)
+    tiny = depth.depth_at(make, 64, tries=4, **options)
     assert tiny["backprop"] == 0
     with pytest.raises(MoonwalkTypeError, match="make"):
         depth.depth_at(lambda n: jnp.sum, 64)

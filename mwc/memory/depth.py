@@ -169,7 +169,7 @@ def depth_at(
     methods: Sequence[str] = ("backprop", "checkpoint", "moonwalk"),
     start: int = 4,
     tries: int = 8,
-    whole: bool = False,
+    whole: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Depths:
     """The most repeats of a block that fit a budget, by compiling at several depths.
@@ -177,14 +177,14 @@ def depth_at(
     Args:
       make: gives for a number of repeats the decorated function and its positional
         arguments (arrays or `ShapeDtypeStruct`s): `lambda n: (loss, params(n), batch)`.
-      budget: bytes, or text such as "8GiB": temporaries of the compiled
-        `value_and_grad`, per device, as `memory_budget` means it.
+      budget: bytes, or text such as "8GiB", for the compiled `value_and_grad` on one
+        device.
       target: as in `loss.memory`.
       methods: as in `loss.memory`; "checkpoint" costs a search at every depth.
       start: the depth compiled first.
       tries: most depths compiled for each method.
-      whole: whether arguments and results count too, as on a device that holds
-        nothing else.
+      whole: whether arguments and results count, as on a device that holds nothing
+        else; False is the budget of the temporaries alone.
       progress: called with the method and depth as each begins.
 
     Returns:

@@ -113,7 +113,7 @@ class MemoryReport:
         budget: int | float | str,
         *,
         repeats: int | None = None,
-        whole: bool = False,
+        whole: bool = True,
     ) -> Depths:
         """An estimate of how many repeats of the program's block fit a budget.
 
@@ -121,9 +121,10 @@ class MemoryReport:
         depth.
 
         Args:
-          budget: bytes, or text such as "8GiB", for the temporaries of one device.
+          budget: bytes, or text such as "8GiB", on one device.
           repeats: how often the block is in this program; None is what was found.
-          whole: whether arguments and results count too.
+          whole: whether arguments and results count, as on a device that holds nothing
+            else; False is the budget of the temporaries alone.
 
         Returns:
           Repeats for each method.
