@@ -110,11 +110,8 @@ def _kept_of_loop(loop: Loop, i: int) -> list[Value]:
             shape, bytes_ = (loop.length, *one.shape), loop.length * one.bytes
             found.append(dataclasses.replace(one, shape=shape, bytes=bytes_))
     if isinstance(loop, RebuiltLoop):
-        assert loop.one is not None
+        # Cotangents kept at stops are made on the way back: they count at the peak.
         found.append(_sketch(i, loop.length))
-        if loop.stops:
-            state = loop.one.state
-            found.append(_stack("cotangent", "carries", state, loop.stops, i))
     return found
 
 

@@ -52,8 +52,8 @@ def test_what_is_kept_is_what_the_program_saves(name):
     params = len(jax.tree.leaves(program.params))
     active = tuple(i < params for i in range(len(spec.in_avals)))
     saved = sum(a.size * a.dtype.itemsize for a in spec.saved_avals(active))
-    # Sketches, and cotangents of a loop's steps, are made on the way back.
-    later = [v for v in plan.values if v.kind == "sketch" or v.name == "cotangent"]
+    # Sketches are made on the way back.
+    later = [v for v in plan.values if v.kind == "sketch"]
     assert saved == plan.residual_bytes - sum(v.bytes for v in later)
 
 
