@@ -2,7 +2,8 @@
 
 `marked` puts the two marks of `passes.declared` around every equation whose primitive
 is in the table, with the rule and what it reads. Limits: one result; the state is the
-first operand.
+first operand; residuals come from operands and parameters: where a rule's read an array
+of its own, no rule is used in that program and its stages are not rebuilt.
 """
 
 from __future__ import annotations
