@@ -54,7 +54,7 @@ def demo(folder: pathlib.Path | None, as_json: bool) -> None:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="mwc-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / NETWORK
-    file.write_text(importlib.resources.files("mwc.cli").joinpath(NETWORK).read_text())
+    file.write_text(_network())
     subject = make(f"{file}:loss")
     tour = _Tour(f"{file}:loss", as_json)
     found = {
@@ -69,6 +69,10 @@ def demo(folder: pathlib.Path | None, as_json: bool) -> None:
     tour.tell("\nNow name a function of your own; `mwc --help` says how.")
     if tour.wrong:
         fail("; ".join(tour.wrong))
+
+
+def _network() -> str:
+    return importlib.resources.files("mwc.cli").joinpath(NETWORK).read_text()
 
 
 class _Tour:

@@ -99,7 +99,7 @@ def _attribute(named: Named, name: str) -> Callable[..., Any]:
 
 def _remedy(holder: Any, name: str) -> str | None:
     """Names that are near, else those that the user defined there."""
-    names = [n for n in vars(holder) if not n.startswith("_")]
+    names = [n for n in dir(holder) if not n.startswith("_")]
     own = [n for n in names if _is_own(holder, getattr(holder, n))]
     close = difflib.get_close_matches(name, names, 3) or own[:8]
     return f"it has {', '.join(close)}" if close else None

@@ -136,12 +136,17 @@ def progress(text: str, steps: int = 1) -> Iterator[Callable[[str], None]]:
 
 
 def show(result: Any) -> None:
-    """Prints a result: as wide as the terminal, or as text is where there is none."""
+    """Prints a result: in the terminal's width where it fits, else as its text is."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
-    if console.is_terminal and hasattr(result, "__rich__"):
-        Console().print(result)
+    console = Console()
+    wide = console.options.update(max_width=10_000)
+    if (
+        console.is_terminal
+        and hasattr(result, "__rich__")
+        and console.measure(result, options=wide).minimum <= console.width
+    ):
+        console.print(result)
     else:
         click.echo(str(result))
 

@@ -63,7 +63,13 @@ def read(text: str) -> tuple[str | None, Any]:
       MoonwalkValueError: the text is not in the grammar, with the column, or a dtype
         is unknown or needs JAX_ENABLE_X64.
     """
-    return _Reader(text).argument()
+    try:
+        return _Reader(text).argument()
+    except RecursionError:
+        raise MoonwalkValueError(
+            "an argument has more brackets in brackets than can be read",
+            remedy="make it in a function, and name that with --inputs",
+        ) from None
 
 
 class _Reader:
@@ -101,7 +107,7 @@ class _Reader:
         token = token or self.now
         found = token.text if token.kind == "end" else repr(token.text)
         raise MoonwalkValueError(
-            f"the argument {self.text!r} has {found} at column {token.column}",
+            f"the argument {_shown(self.text)} has {found} at column {token.column}",
             expected=expected,
         )
 
@@ -183,7 +189,7 @@ class _Reader:
             self.refuse("a dtype: f32, bf16, f16, i32, u8, bool, c64, ...", token)
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise MoonwalkValueError(
-                f"the argument {self.text!r} asks for {token.text}",
+                f"the argument {_shown(self.text)} asks for {token.text}",
                 expected="32 bits, which is what JAX computes with by default",
                 remedy="set JAX_ENABLE_X64=1 for 64 bits",
             )
@@ -228,6 +234,10 @@ class _Reader:
         if not re.fullmatch(r"-?\d+", token.text):
             self.refuse("a key: a string, a name or an integer", token)
         return int(token.text)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def _is_array_type(dtype: Any) -> bool:
