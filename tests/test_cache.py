@@ -55,6 +55,10 @@ def test_whatever_decides_the_figures_is_part_of_the_key(compiled, monkeypatch):
     assert found == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_check_of_the_compiler_compiles(compiled):
+    assert [ask(), ask(fresh=True), ask()] == [1, 2, 2]
+
+
 def test_it_can_be_switched_off(compiled, monkeypatch, place):
     monkeypatch.setenv("MWC_CACHE", "0")
     assert [ask(), ask()] == [1, 2]

@@ -40,7 +40,11 @@ from mwc.memory.targets import Target
 
 
 def compile_for(
-    target: Target, fun: Callable[..., Any], specs: Sequence[Any], live: bool = False
+    target: Target,
+    fun: Callable[..., Any],
+    specs: Sequence[Any],
+    live: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Compiles a flat function for a target.
 
@@ -49,6 +53,7 @@ def compile_for(
       fun: takes flat arrays; may be a `jax.jit` already.
       specs: their `ShapeDtypeStruct`s.
       live: whether to ask for the live range of every value too.
+      fresh: whether to compile what was compiled before, too.
 
     Returns:
       The figures of `mwc.memory.figures.figures`. Those of a program that was
@@ -73,7 +78,7 @@ def compile_for(
     name = cache.key(
         blob, **head, flags=flags, jax=jax.__version__, plugin=plugin.identity()
     )
-    found = cache.read(name)
+    found = None if fresh else cache.read(name)
     if found is None or not found.keys() >= FIGURES.keys():
         found = _worker(path, flags).compile(blob, head)
         cache.write(name, found)
