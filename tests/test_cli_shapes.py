@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mwc.cli import shapes
-from mwc.cli.subject import filled
+from mwc.cli.filling import filled
 from mwc.errors import MoonwalkValueError
 
 DTYPES = {

@@ -16,15 +16,9 @@ from typing import Any
 
 import click
 
-from mwc.cli.running import (
-    fail,
-    json_option,
-    progress,
-    show,
-    show_json,
-    traceback_option,
-)
-from mwc.cli.subject import Subject, choose_backend, make
+from mwc.cli.options import json_option, traceback_option
+from mwc.cli.running import choose_backend, fail, progress, show, show_json
+from mwc.cli.subject import Subject, make
 from mwc.cli.target import fetch
 from mwc.errors import MoonwalkTargetError
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from mwc.cli.running import NEGATIVE, Picture, progress, show, show_json
-from mwc.cli.subject import Subject, compiling, extra_forwards, on_subject
+from mwc.cli.options import Picture, extra_forwards, on_subject
+from mwc.cli.running import NEGATIVE, progress, show, show_json
+from mwc.cli.subject import Subject, compiling
 
 _target = click.option(
     "--target",

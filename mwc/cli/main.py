@@ -9,7 +9,8 @@ import click
 
 from mwc.cli import functions
 from mwc.cli.demo import demo
-from mwc.cli.running import Group, traceback_option
+from mwc.cli.options import traceback_option
+from mwc.cli.running import Group
 from mwc.cli.target import target
 
 

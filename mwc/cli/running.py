@@ -6,6 +6,10 @@ each is one line on standard error; `--traceback` or `MWC_TRACEBACK=1` shows the
 
 Standard output holds results alone. Progress goes to standard error, on a terminal
 only; what the user's code prints while it is imported or traced goes there too.
+
+What needs shapes alone runs on the CPU, so that a GPU in use elsewhere is left alone;
+`JAX_PLATFORMS` overrides that. The commands that do use a GPU (`check`, and those that
+compile for the attached one) do not reserve its memory.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import sys
 import sysconfig
 import traceback
@@ -27,7 +30,7 @@ from mwc.errors import MoonwalkError
 
 NEGATIVE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
-_TRACEBACK = "mwc.traceback"
+TRACEBACK = "mwc.traceback"
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _PARTS = tuple(os.path.join(_ROOT, name) + os.sep for name in ("mwc", "passes"))
 _INSTALLED = tuple(sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib"))
@@ -42,34 +45,13 @@ class Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise  # click knows what to do
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             sys.exit(INTERRUPTED)
         except Exception as error:
-            if ctx.meta.get(_TRACEBACK):
+            if ctx.meta.get(TRACEBACK):
                 traceback.print_exc()
             click.echo(f"mwc: {line(error)}", err=True)
             sys.exit(BAD_INPUT)
-
-
-def traceback_option(command: Any) -> Any:
-    """Adds `--traceback`."""
-
-    def remember(ctx: click.Context, _param: Any, value: bool) -> None:
-        ctx.meta[_TRACEBACK] = ctx.meta.get(_TRACEBACK) or value
-
-    return click.option(
-        "--traceback",
-        is_flag=True,
-        envvar="MWC_TRACEBACK",
-        expose_value=False,
-        callback=remember,
-        help="Show where an error was raised.",
-    )(command)
-
-
-def json_option(command: Any) -> Any:
-    """Adds `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def line(error: BaseException) -> str:
@@ -164,41 +146,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Picture(click.ParamType):
-    """A file name for a picture, refused before anything is computed."""
+def choose_backend(needs_device: bool) -> None:
+    """Sets JAX's backend for this process, before JAX is imported.
 
-    name = "path"
-    suffixes = (".svg", ".png", ".pdf")
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> pathlib.Path:
-        """The path, if a picture can be written there."""
-        path = pathlib.Path(value)
-        if path.suffix.lower() not in self.suffixes:
-            wanted = ", ".join(self.suffixes)
-            self.fail(f"{value!r} does not end in one of {wanted}", param, ctx)
-        if not path.parent.is_dir():
-            self.fail(f"there is no folder {str(path.parent)!r}", param, ctx)
-        return path
-
-
-class Numbers(click.ParamType):
-    """Whole numbers with commas between them."""
-
-    name = "n,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        """The numbers."""
-        try:
-            return tuple(map(int, str(value).split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not whole numbers, as in 0,2", param, ctx)
-
-
-class Words(click.ParamType):
-    """Words with commas between them."""
-
-    name = "word,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
-        """The words."""
-        return tuple(part.strip() for part in str(value).split(","))
+    Args:
+      needs_device: whether to use the one that JAX would choose.
+    """
+    if "jax" in sys.modules:
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not needs_device:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")

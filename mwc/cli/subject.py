@@ -6,26 +6,20 @@ the command line; a plain one is decorated with these.
 Arguments are, in this order of preference: texts (`--arg`), what a function returns
 (`--inputs`), what the function `<function>_inputs` or `inputs` of the same module does.
 Shapes are enough, except to check gradients: there they are filled with random numbers.
-
-JAX's backend: what needs shapes alone runs on the CPU, so that a GPU in use elsewhere
-is left alone; `JAX_PLATFORMS` overrides that. The commands that do use a GPU (`check`,
-and `memory` and `timeline` for the attached one) do not reserve its memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from mwc.cli.filling import filled
 from mwc.cli.loading import Named, load
-from mwc.cli.running import Numbers, Words, json_option, progress, traceback_option
+from mwc.cli.running import progress
 from mwc.errors import MoonwalkValueError
 
 
@@ -78,100 +72,6 @@ class Subject:
                 progress=step,
                 **self.kwargs,
             )
-
-
-_OPTIONS = (
-    click.argument("function", metavar="FILE_OR_MODULE:FUNCTION"),
-    click.option(
-        "--arg",
-        "given",
-        multiple=True,
-        metavar="SHAPE",
-        help="An argument, as 'f32[64,512]' or 'train=True'; once for each. "
-        "`mwc --help` shows more.",
-    ),
-    click.option(
-        "--inputs",
-        metavar="FUNCTION",
-        help="A function that returns the arguments, or (arguments, keyword "
-        "arguments). Default: FUNCTION_inputs or inputs in the same module.",
-    ),
-    click.option(
-        "--argnums", type=Numbers(), help="The arguments that are parameters [0]."
-    ),
-    click.option(
-        "--has-aux/--no-has-aux",
-        default=None,
-        help="Whether the function returns (value, aux).",
-    ),
-    click.option("--static-argnums", type=Numbers(), help="As in jax.jit."),
-    click.option("--static-argnames", type=Words(), help="As in jax.jit."),
-    click.option(
-        "--strategies",
-        type=Words(),
-        help="What plans may use, of moonwalk, checkpoint and stored.",
-    ),
-    click.option(
-        "--tolerance", type=float, help="The error that rebuilding may add, relative."
-    ),
-    click.option(
-        "--strict",
-        is_flag=True,
-        default=None,
-        help="Refuse primitives without a rule.",
-    ),
-)
-
-_DECORATOR = ("argnums", "has_aux", "static_argnums", "static_argnames")
-_DECORATOR += ("strategies", "tolerance", "strict", "extra_forwards")
-
-extra_forwards = click.option(
-    "--extra-forwards",
-    type=float,
-    help="The most forward passes beyond backpropagation's [2].",
-)
-
-
-def on_subject(
-    needs_device: Callable[[dict[str, Any]], bool],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command a `Subject`, and the options that make it.
-
-    Args:
-      needs_device: whether, with the command's own options, it needs the backend that
-        JAX would choose.
-
-    Returns:
-      A decorator of commands; they also get `--json` and `--traceback`.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(
-            function: str, given: Sequence[str], inputs: str | None, **others: Any
-        ) -> None:
-            asked = {name: others.pop(name, None) for name in _DECORATOR}
-            choose_backend(needs_device(others))
-            command(make(function, given, inputs, **asked), **others)
-
-        for option in reversed((*_OPTIONS, json_option, traceback_option)):
-            run = option(run)
-        return run
-
-    return decorate
-
-
-def choose_backend(needs_device: bool) -> None:
-    """Sets JAX's backend for this process, before JAX is imported.
-
-    Args:
-      needs_device: whether to use the one that JAX would choose.
-    """
-    if "jax" in sys.modules:
-        return
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if not needs_device:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def compiling(target: str | None) -> str:
@@ -266,45 +166,3 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return []
-
-
-def filled(tree: Any, seed: int) -> Any:
-    """Random numbers for each `jax.ShapeDtypeStruct` of a tree.
-
-    Floats are normal, with a variance of one over the last dimension but one, so that
-    products keep their size from layer to layer; integers are 0 or 1, fit for labels
-    and indices.
-
-    Args:
-      tree: any tree; other leaves stay as they are.
-      seed: of the random numbers.
-
-    Returns:
-      The tree with arrays.
-    """
-    import jax
-    import numpy as np
-
-    draw = np.random.default_rng(seed)
-
-    def fill(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        return _random(draw, leaf.shape, leaf.dtype)
-
-    return jax.tree.map(fill, tree)
-
-
-def _random(draw: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(int(draw.integers(2**31))), shape)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(draw.integers(2, size=shape), dtype)
-    value = draw.standard_normal(shape)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        value = value + 1j * draw.standard_normal(shape)
-    fan = shape[-2] if len(shape) > 1 else 1
-    return jnp.asarray(value / max(fan, 1) ** 0.5, dtype)

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from mwc.cli.running import json_option, progress, traceback_option
-from mwc.cli.subject import choose_backend
+from mwc.cli.options import json_option, traceback_option
+from mwc.cli.running import choose_backend, progress
 from mwc.errors import MoonwalkError
 
 
