@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 MIB = 2**20
 
@@ -219,7 +220,7 @@ class Plan:
         return drawing.svg(self)
 
     def __rich__(self) -> Group:
-        return Group(self._table(), "\n".join(self._totals()))
+        return Group(self._table(), Text("\n".join(self._totals())))
 
     def __str__(self) -> str:
         out = io.StringIO()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from mwc import Plan
 from mwc.__main__ import main
+from mwc._plan import StageRecord
 from mwc.cli import running
-from mwc.memory import plugin
+from mwc.memory import MemoryReport, Row, plugin
 
 NET = """
 import jax, jax.numpy as jnp
@@ -375,3 +379,25 @@ def test_help_needs_no_jax_and_planning_no_gpu(net):
     )
     result = run("-m", "mwc", "plan", "asks.py:f", "--arg", "f32[3]")
     assert (result.returncode, result.stderr) == (0, "cpu false\n")
+
+
+def widest(text):
+    return max(len(re.sub(r"\x1b\[[0-9;]*m", "", s)) for s in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_terminal_gets_tables_as_wide_as_it_is(monkeypatch, capsys, width):
+    monkeypatch.setattr("rich.console.Console", partial(Console, force_terminal=True))
+    monkeypatch.setenv("COLUMNS", str(width))
+    report = MemoryReport("cpu", (Row("moonwalk", temp_bytes=2**20, note="a note"),))
+    running.show(report)
+    wide = widest(capsys.readouterr().out)
+    # A table that would lose digits is printed as text is: whole.
+    assert (wide > width) == (width == 60)
+    stage = StageRecord(
+        *("loss", "net.py:1", "dot", "stored", "bits"), *[0] * 6, 1, "x"
+    )
+    running.show(Plan((stage,), 0.0, 0, 0, 0, 0, notes=("read [this] note",)))
+    out = capsys.readouterr().out
+    assert widest(out) <= width
+    assert "[this]" in out
