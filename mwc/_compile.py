@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,6 +105,7 @@ class Compiled:
         target: Any = None,
         extra_forwards: float | Sequence[float] = (),
         methods: Sequence[str] | None = None,
+        progress: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Compiled memory of this function and of the usual alternatives.
@@ -118,6 +118,7 @@ class Compiled:
           extra_forwards: bounds of the extra time to plan for besides; each adds a row
             such as "moonwalk extra_forwards=1".
           methods: the rows wanted; all by default.
+          progress: called with the name of each row as it begins.
           **kwargs: the same.
 
         Returns:
@@ -130,13 +131,15 @@ class Compiled:
         one = isinstance(extra_forwards, int | float)
         bounds = (extra_forwards,) if one else extra_forwards
         ours = {"moonwalk": self, **self._bounded(bounds)}
-        return report.table(self._subject(ours, args, kwargs), place, methods)
+        subject = self._subject(ours, args, kwargs)
+        return report.table(subject, place, methods, progress)
 
     def timeline(
         self,
         *args: Any,
         target: Any = None,
         methods: Sequence[str] = ("backprop", "checkpoint", "moonwalk"),
+        progress: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Bytes alive over the compiled program's schedule, and what they are.
@@ -145,6 +148,7 @@ class Compiled:
           *args: arrays or `jax.ShapeDtypeStruct`s.
           target: as in `memory`.
           methods: as in `memory`.
+          progress: as in `memory`.
           **kwargs: the same.
 
         Returns:
@@ -153,13 +157,14 @@ class Compiled:
         from mwc.memory.timeline import timeline
 
         subject = self._subject({"moonwalk": self}, args, kwargs)
-        return timeline(subject, target, methods)
+        return timeline(subject, target, methods, progress)
 
     def pareto(
         self,
         *args: Any,
         target: Any = None,
         extra_forwards: Sequence[float] | None = None,
+        progress: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Plans from least time to least memory; nothing is compiled.
@@ -168,6 +173,7 @@ class Compiled:
           *args: arrays or `jax.ShapeDtypeStruct`s.
           target: compile all of them for it, as in `memory`; None predicts bytes.
           extra_forwards: the bounds of the extra time to plan for.
+          progress: as in `memory`.
           **kwargs: the same.
 
         Returns:
@@ -177,18 +183,55 @@ class Compiled:
 
         bounds = BOUNDS if extra_forwards is None else tuple(extra_forwards)
         subject = self._subject(self._bounded(bounds), args, kwargs)
-        return pareto(subject, bounds, target)
+        return pareto(subject, bounds, target, progress)
 
     def _bounded(self, bounds: Sequence[float]) -> dict[str, Compiled]:
         """The same function planned for other bounds of the extra time, by label."""
-        shared = self._shared
-        found = {}
-        for bound in bounds:
-            options = dataclasses.replace(shared.options, extra_forwards=bound)
-            other = (shared.fun, shared.signature, options, shared.argnums)
-            label = f"moonwalk extra_forwards={bound:g}"
-            found[label] = Compiled(Shared(*other, shared.has_aux), self._bound)
-        return found
+        return {
+            f"moonwalk extra_forwards={bound:g}": self.with_options(
+                extra_forwards=bound
+            )
+            for bound in bounds
+        }
+
+    def with_options(
+        self,
+        *,
+        argnums: int | Sequence[int] | None = None,
+        has_aux: bool | None = None,
+        static_argnums: Sequence[int] | None = None,
+        static_argnames: Sequence[str] | None = None,
+        **options: Any,
+    ) -> Compiled:
+        """The same function, decorated with some options changed.
+
+        Args:
+          argnums: as in `moonwalk_compile`; here and below None leaves what it is.
+          has_aux: likewise.
+          static_argnums: likewise; with `static_argnames` they replace both.
+          static_argnames: likewise.
+          **options: the other options of `moonwalk_compile`, taken as they are.
+
+        Returns:
+          A decorated function.
+
+        Raises:
+          MoonwalkError: an option is wrong, or not implemented yet.
+        """
+        shared, signature = self._shared, self._shared.signature
+        if static_argnums is not None or static_argnames is not None:
+            bound = len(self._bound)
+            nums = [n if n < 0 else n + bound for n in static_argnums or ()]
+            signature = _trace.signature_of(shared.fun, nums, static_argnames or ())
+        known = vars(shared.options) | options
+        other = Shared(
+            shared.fun,
+            signature,
+            make_options(**known),
+            shared.argnums if argnums is None else _check_argnums(argnums),
+            shared.has_aux if has_aux is None else has_aux,
+        )
+        return Compiled(other, self._bound)
 
     def _subject(
         self, ours: dict[str, Compiled], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -12,8 +12,9 @@ import io
 import os
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 MIB = 2**20
 
@@ -218,7 +219,15 @@ class Plan:
 
         return drawing.svg(self)
 
+    def __rich__(self) -> Group:
+        return Group(self._table(), Text("\n".join(self._totals())))
+
     def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=118, force_terminal=False).print(self._table())
+        return out.getvalue() + "\n".join(self._totals())
+
+    def _table(self) -> Table:
         table = Table(title=None, box=None, pad_edge=False, header_style="")
         for title in ("stage", "source", "kind", "strategy"):
             table.add_column(title, overflow="fold")
@@ -237,7 +246,10 @@ class Plan:
                 _mib(row.state_bytes),
                 row.reason,
             )
-        lines = [
+        return table
+
+    def _totals(self) -> list[str]:
+        return [
             f"{len(self.stages)} stages, "
             f"{self.extra_forwards:.2f} extra forward passes",
             f"kept between the passes {_mib(self.residual_bytes)} MiB "
@@ -245,9 +257,6 @@ class Plan:
             f"predicted peak {_mib(self.peak_bytes)} MiB",
             *self.notes,
         ]
-        out = io.StringIO()
-        Console(file=out, width=118, force_terminal=False).print(table)
-        return out.getvalue() + "\n".join(lines)
 
 
 def _mib(count: int) -> str:

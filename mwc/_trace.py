@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mwc.errors import MoonwalkError, MoonwalkTypeError, MoonwalkValueError
-from passes import graph
+from passes import _jax, graph
 
 # A Python bool is static: modules keep modes in them, and branch on them.
 _ARRAYS = (jax.Array, np.ndarray, np.generic, int, float, complex)
@@ -256,16 +256,20 @@ def unescaped(signature: Signature) -> Iterator[None]:
         ) from error
 
 
-_OURS = tuple(
+_OURS, _PASSES, _JAX = (
     os.path.dirname(os.path.abspath(path)) + os.sep
     for path in (__file__, graph.__file__, jax.__file__)
 )
+
+# Tracebacks and source lines show the user's frames, not ours.
+_jax.exclude_frames(_OURS)
+_jax.exclude_frames(_PASSES)
 
 
 def _user_frame(error: BaseException) -> str | None:
     """The innermost line of a traceback that is neither ours nor JAX's."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not os.path.abspath(frame.filename).startswith(_OURS):
+        if not os.path.abspath(frame.filename).startswith((_OURS, _PASSES, _JAX)):
             return f"{os.path.basename(frame.filename)}:{frame.lineno} ({frame.name})"
     return None
 
