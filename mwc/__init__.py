@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mwc import constraints, errors
+    from mwc import constraints, errors, memory
     from mwc._check import CheckReport
     from mwc._coisometric import coisometric
     from mwc._compile import Compiled, moonwalk_compile
@@ -44,6 +44,7 @@ __all__ = [
     "constraints",
     "custom_vijp",
     "errors",
+    "memory",
     "moonwalk_compile",
     "register_vijp",
 ]
@@ -66,7 +67,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("constraints", "errors"):
+    if name in ("constraints", "errors", "memory"):
         return importlib.import_module(f"{__name__}.{name}")
     home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}")
     found = globals()[name] = getattr(home, name)
