@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -88,3 +89,11 @@ def test_closed():
     body, _ = _jax.opened(jax.make_jaxpr(lambda x: jnp.cos(x) * x)(1.0))
     again = _jax.closed(list(body.invars), list(body.outvars), list(body.eqns))
     assert _jax.run_jaxpr(again, jnp.float32(0.0)) == [0.0]
+
+
+def test_a_line_of_an_installed_library_gives_way_to_the_users():
+    """`mwc._rows`: the user's call of a library's layer is the place of its stage."""
+    eqns = eqns_of(lambda x: optax.losses.squared_error(x), 1.0)
+    places = {_jax.source_line(eqn) for eqn in eqns}
+    assert places
+    assert all(place.startswith("test_jax_contracts.py:") for place in places)

@@ -6,6 +6,8 @@ here. Each helper says which versions differ; `tests/test_jax_contracts` pins th
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from jax._src.core import AbstractValue, InternalMutableArrayEffect
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
+from jax._src.source_info_util import user_frames
 from jax._src.state.discharge import discharge_state
 from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
@@ -29,6 +32,8 @@ __all__ += ["identity_primitive", "new_primitive", "register_rules"]
 
 Eqn = Any
 Jaxpr = Any
+
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 
 
 def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
@@ -98,11 +103,18 @@ def nest_source(eqn: Eqn, outer: Eqn) -> Any:
 
 
 def source_line(eqn: Eqn) -> str:
-    """The user's place of an equation: "file.py:12 (function)"."""
-    text = source_info_util.summarize(eqn.source_info)
-    place, _, name = text.partition(" ")
-    parts = place.replace("\\", "/").rsplit("/", 1)[-1].split(":")
-    return ":".join(parts[:2]) + (f" {name}" if name else "")
+    """The user's place of an equation: "file.py:12 (function)".
+
+    It is the innermost line outside JAX and outside what is installed, such as the
+    user's call of a library's layer; without one the innermost outside JAX.
+    """
+    frames = [*user_frames(eqn.source_info.traceback)]
+    if not frames:
+        return "unknown"
+    own = (f for f in frames if not f.file_name.startswith(_INSTALLED))
+    frame = next(own, frames[0])
+    name = frame.file_name.replace("\\", "/").rsplit("/", 1)[-1]
+    return f"{name}:{frame.start_line} ({frame.function_name})"
 
 
 def function_names(jaxpr: Jaxpr) -> tuple[str, list[str]]:
