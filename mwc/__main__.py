@@ -112,7 +112,8 @@ def plugin_works(name: str) -> None:
     from mwc.memory import compiling, targets
 
     small = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    compiling.compile_for(targets.resolve(name), lambda x: jnp.sin(x @ x), [small])
+    place = targets.resolve(name)
+    compiling.compile_for(place, lambda x: jnp.sin(x @ x), [small], fresh=True)
 
 
 @contextmanager

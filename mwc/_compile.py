@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,27 +100,108 @@ class Compiled:
         full = tuple(data.get(i, x) for i, x in enumerate(full))
         return full[bound:], kwargs | named
 
-    def memory(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+    def memory(
+        self,
+        *args: Any,
+        target: Any = None,
+        extra_forwards: float | Sequence[float] = (),
+        methods: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Compiled memory of this function and of the usual alternatives.
 
         Args:
-          *args: arrays or `jax.ShapeDtypeStruct`s.
-          target: None for the current backend, or the name of a device.
+          *args: arrays or `jax.ShapeDtypeStruct`s; shardings on a mesh are kept, and
+            bytes are then those of one device.
+          target: None for the current backend, the name of a device, or a description
+            of one (`mwc.memory.targets.resolve`).
+          extra_forwards: bounds of the extra time to plan for besides; each adds a row
+            such as "moonwalk extra_forwards=1".
+          methods: the rows wanted; all by default.
           **kwargs: the same.
 
         Returns:
           A report (`mwc.memory.MemoryReport`).
         """
-        from mwc import memory
+        from mwc.memory import compiling, report, targets
+
+        place = targets.resolve(target)
+        compiling.check(place)
+        one = isinstance(extra_forwards, int | float)
+        bounds = (extra_forwards,) if one else extra_forwards
+        ours = {"moonwalk": self, **self._bounded(bounds)}
+        return report.table(self._subject(ours, args, kwargs), place, methods)
+
+    def timeline(
+        self,
+        *args: Any,
+        target: Any = None,
+        methods: Sequence[str] = ("backprop", "checkpoint", "moonwalk"),
+        **kwargs: Any,
+    ) -> Any:
+        """Bytes alive over the compiled program's schedule, and what they are.
+
+        Args:
+          *args: arrays or `jax.ShapeDtypeStruct`s.
+          target: as in `memory`.
+          methods: as in `memory`.
+          **kwargs: the same.
+
+        Returns:
+          A timeline (`mwc.memory.Timeline`).
+        """
+        from mwc.memory.timeline import timeline
+
+        subject = self._subject({"moonwalk": self}, args, kwargs)
+        return timeline(subject, target, methods)
+
+    def pareto(
+        self,
+        *args: Any,
+        target: Any = None,
+        extra_forwards: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Plans from least time to least memory; nothing is compiled.
+
+        Args:
+          *args: arrays or `jax.ShapeDtypeStruct`s.
+          target: compile all of them for it, as in `memory`; None predicts bytes.
+          extra_forwards: the bounds of the extra time to plan for.
+          **kwargs: the same.
+
+        Returns:
+          The curve (`mwc.memory.Pareto`).
+        """
+        from mwc.memory.pareto import BOUNDS, pareto
+
+        bounds = BOUNDS if extra_forwards is None else tuple(extra_forwards)
+        subject = self._subject(self._bounded(bounds), args, kwargs)
+        return pareto(subject, bounds, target)
+
+    def _bounded(self, bounds: Sequence[float]) -> dict[str, Compiled]:
+        """The same function planned for other bounds of the extra time, by label."""
+        shared = self._shared
+        found = {}
+        for bound in bounds:
+            options = dataclasses.replace(shared.options, extra_forwards=bound)
+            other = (shared.fun, shared.signature, options, shared.argnums)
+            label = f"moonwalk extra_forwards={bound:g}"
+            found[label] = Compiled(Shared(*other, shared.has_aux), self._bound)
+        return found
+
+    def _subject(
+        self, ours: dict[str, Compiled], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the memory side measures (`mwc.memory.subject.Subject`)."""
+        from mwc.memory.subject import Subject
 
         shared, bound = self._shared, self._bound
-        plain = functools.partial(shared.fun, *bound) if bound else shared.fun
-        return memory.measure(
-            plain,
-            self,
+        return Subject(
+            functools.partial(shared.fun, *bound) if bound else shared.fun,
+            ours,
             args,
             kwargs,
-            target=target,
             argnums=shared.argnums,
             has_aux=shared.has_aux,
             static_argnums=tuple(n - len(bound) for n in shared.signature.static_nums),

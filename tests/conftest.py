@@ -14,6 +14,14 @@ from passes import _jax
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache():
+    """What compilers said in earlier runs is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MWC_CACHE", "0")
+        yield
+
+
 @pytest.fixture
 def x64():
     """Double precision for one test."""

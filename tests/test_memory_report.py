@@ -79,7 +79,7 @@ def test_cuts_fall_where_little_crosses():
     spec = jax.ShapeDtypeStruct
     specs = [spec((8, 64), jnp.float32), spec((4, 8), jnp.float32)]
     form = baselines.Checkpointed(lambda *a: [loss(*a)], specs)
-    known = form._costs
+    known = form.costs
     narrow = 4 * 8 * 4
     cuts = segments.lowest(known, 1.0)
     assert len(cuts) > 4

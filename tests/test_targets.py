@@ -1,5 +1,6 @@
 """Targets: what they are, and that compiling for one leaves the caller alone."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from mwc.memory import compiling, measure, plugin, targets
 from tests import programs
 
 WORKER_CPU = targets.Target("cpu", "cpu")
+REQUEST = {"target": dataclasses.asdict(WORKER_CPU), "mesh": None, "live": False}
 
 
 @pytest.fixture
@@ -114,19 +116,19 @@ def test_worker_takes_keys_integers_and_empty_arrays():
 
 def test_worker_that_dies_is_reported_and_replaced():
     compiling.compile_for(WORKER_CPU, jnp.sin, [spec(3)])
-    worker = compiling._worker(WORKER_CPU)
+    worker = compiling._worker(*compiling._setting(WORKER_CPU))
     worker._process.kill()
     worker._process.wait()
     with pytest.raises(MoonwalkTargetError, match="ended"):
-        worker.compile(b"", WORKER_CPU)
+        worker.compile(b"", REQUEST)
     assert compiling.compile_for(WORKER_CPU, jnp.sin, [spec(3)])["output_bytes"] == 12
 
 
 def test_worker_survives_a_program_that_it_cannot_read():
     compiling.compile_for(WORKER_CPU, jnp.sin, [spec(3)])
-    worker = compiling._worker(WORKER_CPU)
+    worker = compiling._worker(*compiling._setting(WORKER_CPU))
     with pytest.raises(MoonwalkTargetError, match="compiling for cpu failed"):
-        worker.compile(b"nonsense" * 100, WORKER_CPU)
+        worker.compile(b"nonsense" * 100, REQUEST)
     assert worker.alive
 
 

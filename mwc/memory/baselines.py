@@ -75,24 +75,28 @@ class Checkpointed:
     Args:
       fun: the undecorated function, from flat arrays to a list of flat arrays.
       specs: its arguments' `ShapeDtypeStruct`s.
+
+    Attributes:
+      graph: the function without calls.
+      costs: its byte counts.
     """
 
     def __init__(self, fun: Flat, specs: Sequence[Any]):
         traced = jax.jit(fun).trace(*specs)
         self._consts = _jax.captured(traced)
         graph = inline(_jax.hoisted(traced))
-        self._graph: Graph = graph
-        self._costs = segments.costs(graph)
+        self.graph: Graph = graph
+        self.costs = segments.costs(graph)
 
     def fun(self, layout: Layout) -> Flat:
         """The function with its checkpoints placed."""
 
         def checkpointed(*args: Array) -> list[Array]:
             values = [*self._consts, *args]
-            env = dict(zip(self._graph.invars, values, strict=True))
+            env = dict(zip(self.graph.invars, values, strict=True))
             for start, stop in itertools.pairwise(layout.outer):
                 self._segment(layout, start, stop, env)
-            return [read(env, v) for v in self._graph.outvars]
+            return [read(env, v) for v in self.graph.outvars]
 
         return checkpointed
 
@@ -111,7 +115,7 @@ class Checkpointed:
 
     def _cuts(self, levels: int, weight: float) -> tuple[Cuts, Cuts]:
         """The best outer and inner cuts when a byte made counts `weight`."""
-        known = self._costs
+        known = self.costs
         if levels == 1:
             outer = segments.lowest(known, weight)
             return outer, outer
@@ -121,11 +125,11 @@ class Checkpointed:
     @functools.cached_property
     def _fine(self) -> list[Cuts]:
         counts = [round(2 ** (e / 2)) for e in range(4, 17)]
-        return _distinct([segments.even(self._costs, k) for k in counts])
+        return _distinct([segments.even(self.costs, k) for k in counts])
 
     def _sizes(self, levels: int, weight: float) -> tuple[Sizes, ...]:
         """The best sizes of each long scan's segments, likewise."""
-        loops = self._costs.loops
+        loops = self.costs.loops
         return tuple(best_sizes(loop, levels, weight) for loop in loops)
 
     def _segment(
@@ -133,7 +137,7 @@ class Checkpointed:
     ) -> None:
         """Evaluates the equations of one segment under a checkpoint."""
         loops = {loop.index: s for loop, s in self._loops(layout)}
-        eqns = self._graph.eqns[start:stop]
+        eqns = self.graph.eqns[start:stop]
         if stop - start == 1 and start in loops:
             operands = [read(env, v) for v in eqns[0].invars]
             out = nested_scan(eqns[0], operands, loops[start])
@@ -154,11 +158,11 @@ class Checkpointed:
         env.update(zip(writes, out, strict=True))
 
     def _loops(self, layout: Layout) -> Sequence[tuple[segments.Loop, Sizes]]:
-        return list(zip(self._costs.loops, layout.sizes, strict=True))
+        return list(zip(self.costs.loops, layout.sizes, strict=True))
 
     def _interface(self, start: int, stop: int) -> tuple[list[Any], list[Any]]:
         """The variables that a segment reads from outside and others read from it."""
-        graph = self._graph
+        graph = self.graph
         made = [v for eqn in graph.eqns[start:stop] for v in eqn.outvars]
         own = set(made)
         read = [v for eqn in graph.eqns[start:stop] for v in eqn.invars if is_var(v)]
@@ -169,7 +173,7 @@ class Checkpointed:
 
     @functools.cached_property
     def _last_use(self) -> dict[Any, int]:
-        graph = self._graph
+        graph = self.graph
         last: dict[Any, int] = {}
         for i, eqn in enumerate(graph.eqns):
             last.update((v, i) for v in eqn.invars if is_var(v))

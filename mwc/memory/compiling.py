@@ -4,9 +4,14 @@ For the backend that the caller uses, the program is compiled as the caller woul
 For any other target it is exported (traced and lowered here, with the caller's
 settings) and handed to a worker process, so that neither the caller's platform nor
 its environment changes. A worker starts on first use, serves all later programs of
-its platform and ends with the caller.
+its platform and ends with the caller; what it says is kept (`mwc.memory.cache`), so
+that the same program is not compiled twice.
 
-Limits: arrays that the function closes over travel inside the program.
+Arguments may carry shardings, on devices that are there or on an abstract mesh: the
+target then has as many devices as the mesh, and bytes are those of one of them.
+
+Limits: arrays that the function closes over travel inside the program; the shardings
+of one program are on one mesh.
 """
 
 from __future__ import annotations
@@ -26,15 +31,20 @@ from typing import Any
 
 import jax
 from jax import export
+from jax.sharding import AbstractMesh
 
 from mwc.errors import MoonwalkTargetError
-from mwc.memory import plugin
-from mwc.memory.figures import figures
+from mwc.memory import cache, plugin, targets
+from mwc.memory.figures import FIGURES, figures
 from mwc.memory.targets import Target
 
 
 def compile_for(
-    target: Target, fun: Callable[..., Any], specs: Sequence[Any]
+    target: Target,
+    fun: Callable[..., Any],
+    specs: Sequence[Any],
+    live: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Compiles a flat function for a target.
 
@@ -42,18 +52,43 @@ def compile_for(
       target: where the program would run.
       fun: takes flat arrays; may be a `jax.jit` already.
       specs: their `ShapeDtypeStruct`s.
+      live: whether to ask for the live range of every value too.
+      fresh: whether to compile what was compiled before, too.
 
     Returns:
-      The figures of `mwc.memory.figures.figures`.
+      The figures of `mwc.memory.figures.figures`. Those of a program that was
+      compiled before come from the cache, the seconds that it took included.
 
     Raises:
-      MoonwalkTargetError: the wheels are missing, or the compiler failed.
+      MoonwalkTargetError: the wheels are missing, the compiler failed, or the target
+        has another number of devices than the shardings.
     """
     jitted = fun if hasattr(fun, "trace") else jax.jit(fun)
-    if target.attached:
-        return figures(jitted.trace(*specs).lower())
-    worker = _worker(target)
-    return worker.compile(_export(jitted, specs, target.platform), target)
+    mesh = _mesh(specs)
+    if target.attached and not isinstance(mesh, AbstractMesh):
+        return figures(jitted.trace(*specs).lower(), target.platform, live)
+    target = targets.spread(target, 1 if mesh is None else mesh.size)
+    path, flags = _setting(target)
+    blob = _export(jitted, specs, target.platform)
+    head = {
+        "target": dataclasses.asdict(target),
+        "mesh": None if mesh is None else dict(mesh.shape),
+        "live": live,
+    }
+    name = cache.key(
+        blob, **head, flags=flags, jax=jax.__version__, plugin=plugin.identity()
+    )
+    found = None if fresh else cache.read(name)
+    if found is None or not found.keys() >= FIGURES.keys():
+        found = _worker(path, flags).compile(blob, head)
+        cache.write(name, found)
+    return found
+
+
+def _mesh(specs: Sequence[Any]) -> Any:
+    """The mesh that the arguments are sharded on, None if they are not."""
+    found = [spec.sharding.mesh for spec in specs if spec.sharding is not None]
+    return found[0] if found else None
 
 
 def check(target: Target) -> None:
@@ -101,7 +136,7 @@ class _Worker:
                 "PYTHONPATH": os.pathsep.join([*path, *inherited]),
                 "JAX_PLATFORMS": "cpu",
                 "JAX_ENABLE_X64": "1",
-                "XLA_FLAGS": f"{kept.get('XLA_FLAGS', '')} {flags}".strip(),
+                "XLA_FLAGS": flags,
             },
         )
 
@@ -109,8 +144,9 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def compile(self, blob: bytes, target: Target) -> dict[str, Any]:
-        head = {"bytes": len(blob), "target": dataclasses.asdict(target)}
+    def compile(self, blob: bytes, head: dict[str, Any]) -> dict[str, Any]:
+        name = head["target"]["name"]
+        head = {"bytes": len(blob), **head}
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -123,14 +159,11 @@ class _Worker:
                 line = b""
         if not line:
             raise MoonwalkTargetError(
-                f"the process that compiles for {target.name} ended:"
-                f" {self._last_words()}"
+                f"the process that compiles for {name} ended: {self._last_words()}"
             )
         reply = json.loads(line)
         if "error" in reply:
-            raise MoonwalkTargetError(
-                f"compiling for {target.name} failed: {reply['error']}"
-            )
+            raise MoonwalkTargetError(f"compiling for {name} failed: {reply['error']}")
         return reply["figures"]
 
     def _last_words(self) -> str:
@@ -157,10 +190,16 @@ _workers: dict[tuple[str, ...], _Worker] = {}
 _workers_lock = threading.Lock()
 
 
-def _worker(target: Target) -> _Worker:
-    described = target.config is not None
-    path = plugin.search_path() if described else []
-    flags = "--xla_gpu_autotune_level=0" if described else ""
+def _setting(target: Target) -> tuple[list[str], str]:
+    """What a worker for a target has on its path, and its flags for XLA."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if target.config is not None:
+        return plugin.search_path(), f"{flags} --xla_gpu_autotune_level=0".strip()
+    count = f"--xla_force_host_platform_device_count={target.devices}"
+    return [], f"{flags} {count}".strip()
+
+
+def _worker(path: Sequence[str], flags: str) -> _Worker:
     with _workers_lock:
         worker = _workers.get((flags, *path))
         if worker is None or not worker.alive:

@@ -1,7 +1,8 @@
 """Arguments of any structure as a flat list of arrays, and back.
 
 Leaves that have no array type (functions in an equinox module, strings) are static:
-they stay inside the function. Arrays are taken by shape and dtype alone.
+they stay inside the function. Arrays are taken by shape, dtype and, on a mesh,
+sharding alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from mwc.errors import MoonwalkTypeError
 
@@ -60,7 +62,8 @@ class FlatCall:
         ]
         self._has_aux = has_aux
         arrays = [self._leaves[i] for i in self._dynamic]
-        self.specs: list[Any] = list(jax.eval_shape(lambda xs: xs, arrays))
+        shapes = jax.eval_shape(lambda xs: xs, arrays)
+        self.specs: list[Any] = list(map(_placed, shapes, arrays))
         self.wanted = tuple(
             n
             for n, i in enumerate(self._dynamic)
@@ -104,6 +107,15 @@ class FlatCall:
             return [*([loss] if value else []), *aux, *grads]
 
         return program
+
+
+def _placed(spec: Any, array: Any) -> Any:
+    sharding = getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        sharding = None
+    return jax.ShapeDtypeStruct(
+        spec.shape, spec.dtype, weak_type=spec.weak_type, sharding=sharding
+    )
 
 
 def _within(path: tuple[Any, ...], positions: set[int], names: set[str]) -> bool:

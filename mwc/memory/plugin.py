@@ -48,16 +48,20 @@ def version() -> str:
 
 def in_environment() -> bool:
     """Whether the user's own environment has a CUDA plugin."""
-    names = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-    return any(map(_has_distribution, names))
+    return any(_installed(f"jax-cuda{n}-plugin") for n in (12, 13))
 
 
-def _has_distribution(name: str) -> bool:
+def identity() -> list[str | None]:
+    """The versions of jaxlib and of whatever CUDA plugin the environment has."""
+    names = [f"jax-cuda{n}-{part}" for n in (12, 13) for part in ("plugin", "pjrt")]
+    return [version(), *map(_installed, names)]
+
+
+def _installed(name: str) -> str | None:
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def is_complete(place: pathlib.Path) -> bool:

@@ -9,14 +9,18 @@ on the program as traced (`passes.flops`). The rows:
   with one and two levels (`mwc.memory.baselines`);
 - "moonwalk": the decorated function.
 
-A method that cannot be compiled has a row that says why. Limits: one device.
+The rows of decorated functions also say what their plans predict, and the ratio.
+A method that cannot be compiled has a row that says why.
+
+Limits: arguments on a mesh are measured a device, and plans are about whole programs:
+rows of several devices have no prediction.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +30,10 @@ import rich.console
 import rich.table
 
 from mwc.errors import MoonwalkError, MoonwalkValueError
-from mwc.memory import baselines, compiling, targets
-from mwc.memory.emitted import emitted
-from mwc.memory.inputs import FlatCall
-from passes.flops import flops
-
-METHODS = ("backprop", "checkpoint", "checkpoint-2", "moonwalk")
+from mwc.memory import compiling, targets
+from mwc.memory.depth import Depths, estimate
+from mwc.memory.repeats import Repeats, repeats
+from mwc.memory.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,14 @@ class Row:
       peak_bytes: the most that is alive at once, arguments and results included.
       generated_code_bytes: its code.
       flops: operations by the program's trip counts.
-      compile_seconds: time that the compiler took.
+      compile_seconds: time that the compiler took, now or when the cache was filled.
       trace_seconds: time that tracing and planning took.
       note: how checkpoints were placed, or why there are no figures.
+      predicted_bytes: what the plan says of `temp_bytes`; None where there is no plan,
+        and for several devices.
+      kept_bytes: what the plan says is kept between its sweeps, likewise.
+      growing_bytes: those of them that grow with depth in proportion: bits and stored
+        values, and kept states of a plan that runs less than once again.
     """
 
     method: str
@@ -61,6 +68,16 @@ class Row:
     compile_seconds: float | None = None
     trace_seconds: float | None = None
     note: str = ""
+    predicted_bytes: int | None = None
+    kept_bytes: int | None = None
+    growing_bytes: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over compiled temporaries; None where either is missing."""
+        if self.predicted_bytes is None or not self.temp_bytes:
+            return None
+        return self.predicted_bytes / self.temp_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +87,14 @@ class MemoryReport:
     Attributes:
       target: what was compiled for.
       rows: one for each method, in the order asked for.
+      devices: how many the arguments are sharded over; bytes are those of one.
+      repeats: the block that the program repeats, None if it repeats none.
     """
 
     target: str
     rows: tuple[Row, ...]
+    devices: int = 1
+    repeats: Repeats | None = None
 
     def __getitem__(self, method: str) -> Row:
         for row in self.rows:
@@ -83,36 +104,87 @@ class MemoryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        return {"target": self.target, "jax": jax.__version__, "rows": rows}
+        rows = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in self.rows]
+        plain = {"target": self.target, "devices": self.devices}
+        return {**plain, "jax": jax.__version__, "rows": rows}
+
+    def depth_at(
+        self,
+        budget: int | float | str,
+        *,
+        repeats: int | None = None,
+        whole: bool = False,
+    ) -> Depths:
+        """An estimate of how many repeats of the program's block fit a budget.
+
+        `mwc.memory.depth_at` measures what is estimated here, given a function of the
+        depth.
+
+        Args:
+          budget: bytes, or text such as "8GiB", for the temporaries of one device.
+          repeats: how often the block is in this program; None is what was found.
+          whole: whether arguments and results count too.
+
+        Returns:
+          Repeats for each method.
+
+        Raises:
+          MoonwalkValueError: the budget cannot be read, or nothing repeats.
+        """
+        count = self.repeats.count if repeats is None and self.repeats else repeats
+        if count is None:
+            raise MoonwalkValueError(
+                "the program repeats no block",
+                remedy="say how often it does: depth_at(budget, repeats=12)",
+            )
+        return estimate(self.rows, self.target, budget, count, whole)
+
+    def plot(self, path: Any) -> None:
+        """Draws a bar for each method.
+
+        Args:
+          path: where to, ".png", ".svg" or ".pdf" by suffix, or a binary file.
+        """
+        from mwc.memory import plots
+
+        plots.save(plots.bars(self), path)
 
     def __rich__(self) -> rich.table.Table:
         title = f"compiled memory in MiB, {self.target}, jax {jax.__version__}"
+        if self.devices > 1:
+            title += f", each of {self.devices} devices"
         table = rich.table.Table(
             title=title, title_justify="left", box=rich.box.SIMPLE, pad_edge=False
         )
         table.add_column("method", no_wrap=True)
         names = ("arguments", "outputs", "temp", "peak", "code", "GFLOP", "compile s")
-        for name in names:
+        planned = any(row.kept_bytes is not None for row in self.rows)
+        for name in (*names, *(("predicted", "ratio", "keeps") if planned else ())):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("note", overflow="fold")
+        table.add_column("note", overflow="fold", min_width=20)
         for row in self.rows:
             sizes = (
                 *(row.argument_bytes, row.output_bytes, row.temp_bytes),
                 *(row.peak_bytes, row.generated_code_bytes),
+            )
+            plan = (
+                _number(row.predicted_bytes, 2**20),
+                "–" if row.ratio is None else f"{row.ratio:.2f}",
+                _number(row.kept_bytes, 2**20),
             )
             table.add_row(
                 row.method,
                 *(_number(size, 2**20) for size in sizes),
                 _number(row.flops, 1e9),
                 _number(row.compile_seconds, 1),
+                *(plan if planned else ()),
                 row.note,
             )
         return table
 
     def __str__(self) -> str:
         stream = io.StringIO()
-        console = rich.console.Console(file=stream, width=100, color_system=None)
+        console = rich.console.Console(file=stream, width=140, color_system=None)
         console.print(self)
         return "\n".join(map(str.rstrip, stream.getvalue().rstrip().splitlines()))
 
@@ -169,73 +241,71 @@ def measure(
     """
     place = targets.resolve(target)
     compiling.check(place)
-    if decorated is None:
-        ours: dict[str, Callable[..., Any]] = {}
-    elif isinstance(decorated, Mapping):
-        ours = dict(decorated)
-    else:
-        ours = {"moonwalk": decorated}
-    wanted = list(methods) if methods is not None else [*METHODS[:3], *ours]
-    unknown = [m for m in wanted if m not in (*METHODS[:3], *ours)]
-    if unknown:
-        raise MoonwalkValueError(
-            f"the method {unknown[0]!r} is unknown",
-            expected="some of " + ", ".join(map(repr, (*METHODS[:3], *ours))),
-        )
-    static = static_argnums, static_argnames
-    call = FlatCall(args, kwargs or {}, argnums, has_aux, *static)
-    meter = _Meter(call, place, value)
+    if not isinstance(decorated, Mapping):
+        decorated = {} if decorated is None else {"moonwalk": decorated}
+    static = tuple(static_argnums), tuple(static_argnames)
+    subject = Subject(
+        *(fun, decorated, args, kwargs or {}, argnums, has_aux, *static, value, tries)
+    )
+    return table(subject, place, methods, progress)
+
+
+def table(
+    subject: Subject,
+    target: targets.Target,
+    methods: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> MemoryReport:
+    """The report of a subject; `measure` says what is in it."""
+    wanted = subject.chosen(methods)
     rows: list[Row] = []
     failures: list[Exception] = []
-    form: baselines.Checkpointed | None = None
     for method in wanted:
         if progress is not None:
             progress(method)
         try:
-            if method in ours:
-                rows.append(meter.row(method, meter.call.bind(ours[method])))
-            elif method == "backprop":
-                rows.append(meter.row(method, meter.call.bind(fun)))
-            else:
-                form = form or baselines.Checkpointed(
-                    meter.call.bind(fun), meter.call.specs
-                )
-                rows.append(meter.searched(method, form, tries))
+            rows.append(_row(subject, method, target))
         except Exception as error:  # the other rows are worth having
             failures.append(error)
             rows.append(Row(method, note=_reason(error)))
     if failures and len(failures) == len(wanted):
         raise failures[0]
-    return MemoryReport(place.name, tuple(rows))
+    return MemoryReport(target.name, tuple(rows), subject.devices(), _repeats(subject))
 
 
-class _Meter:
-    """Differentiates flat functions, compiles them and fills rows."""
+def _row(subject: Subject, method: str, target: targets.Target) -> Row:
+    figures, note = subject.figures(method, target)
+    row = Row(method, note=note, **figures)
+    plan = subject.plan(method)
+    if plan is None:
+        return row
+    kept = plan.residual_bytes + plan.state_bytes
+    # A plan is about the whole program: it says nothing about one of many devices.
+    alone = subject.devices() == 1
+    return dataclasses.replace(
+        row,
+        predicted_bytes=plan.peak_bytes if alone else None,
+        kept_bytes=kept if alone else None,
+        growing_bytes=_growing(plan) if alone else None,
+    )
 
-    def __init__(self, call: FlatCall, target: targets.Target, value: bool):
-        self.call = call
-        self._target = target
-        self._value = value
 
-    def row(self, method: str, flat: baselines.Flat, note: str = "") -> Row:
-        """The row of one differentiated function."""
-        return Row(method, note=note, **self.compiled(flat))
+def _growing(plan: Any) -> int:
+    """Bytes kept that grow with depth in proportion."""
+    if plan.extra_forwards < 0.95:  # a slot for every few stages, however many
+        return plan.residual_bytes + plan.state_bytes
+    total = 0
+    for stage in plan.stages:
+        states = stage.strategy == "checkpoint"
+        total += math.ceil(stage.bits / 8) if states else stage.residual_bytes
+    return total
 
-    def searched(self, method: str, form: baselines.Checkpointed, tries: int) -> Row:
-        """The row of the best placement of checkpoints."""
-        levels = 2 if method == "checkpoint-2" else 1
-        layout, figures = baselines.search(form, levels, self.compiled, tries)
-        return Row(method, note=str(layout), **figures)
 
-    def compiled(self, flat: baselines.Flat) -> dict[str, Any]:
-        """Figures of the gradient of a flat function."""
-        start = time.perf_counter()
-        jitted = jax.jit(self.call.gradient(flat, self._value))
-        jaxpr = jitted.trace(*self.call.specs).jaxpr
-        traced = time.perf_counter() - start
-        count = flops(jaxpr, emitted)
-        found = compiling.compile_for(self._target, jitted, self.call.specs)
-        return {**found, "flops": count.total, "trace_seconds": traced}
+def _repeats(subject: Subject) -> Repeats | None:
+    try:
+        return repeats(subject.form.graph)
+    except Exception:  # a function that cannot be traced has rows that say so
+        return None
 
 
 def _reason(error: Exception) -> str:

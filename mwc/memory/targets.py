@@ -6,13 +6,19 @@ it would on the device, its timing-based autotuning left out. The figures are th
 of the vendor's devices as XLA's own target descriptions give them
 (`xla/backends/gpu/target_config/specs` of openxla/xla).
 
-Limits: one device; the buffer sizes of kernels that autotuning would choose on the
-real device can differ a little.
+A GPU of the user's own is given as such a text, as a file of it, or as a `Target`.
+
+Limits: the buffer sizes of kernels that autotuning would choose on the real device
+can differ a little.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import pathlib
+import re
 from typing import Literal
 
 import jax
@@ -28,7 +34,8 @@ class Target:
       name: what the report calls it.
       platform: JAX's lowering platform.
       config: text of a `GpuTargetConfigProto`; None compiles for real devices.
-      topology: the devices, as "hosts x devices x 1" for a described GPU.
+      topology: the devices, as "hosts x devices x 1"; "1x1x1" is as many as the
+        shardings of the arguments ask for.
       attached: whether it is the backend of this very process.
     """
 
@@ -37,6 +44,11 @@ class Target:
     config: str | None = None
     topology: str = "1x1x1"
     attached: bool = False
+
+    @property
+    def devices(self) -> int:
+        """How many devices the topology has."""
+        return math.prod(map(int, self.topology.split("x")))
 
 
 _CONFIG = """
@@ -113,26 +125,36 @@ NAMES = ("cpu", "gpu", *ABSENT)
 """Every name that `resolve` knows."""
 
 
-def resolve(target: str | Target | None) -> Target:
-    """The target of a name; None is the current backend.
+_SUFFIXES = (".txtpb", ".pbtxt", ".textproto")
+
+
+def resolve(target: str | os.PathLike[str] | Target | None) -> Target:
+    """The target of a name or description; None is the current backend.
 
     Args:
-      target: one of `NAMES`, a description of the user's own, or None.
+      target: one of `NAMES`; a `GpuTargetConfigProto` in text form, or a file that
+        holds one (".txtpb", ".pbtxt", ".textproto"); a `Target`; or None.
 
     Returns:
-      The target.
+      The target. One that is described is named by its `device_description_str`.
 
     Raises:
-      MoonwalkTargetError: the name is unknown, or the attached GPU is not there.
+      MoonwalkTargetError: the name is unknown, the file cannot be read, or the
+        attached GPU is not there.
     """
     if isinstance(target, Target):
         return target
+    if isinstance(target, os.PathLike) or str(target).endswith(_SUFFIXES):
+        return _described(_read(pathlib.Path(target or "")))
+    if target is not None and "gpu_device_info" in target:
+        return _described(target)
     if target in _GPUS:
         return Target(target, "cuda", _CONFIG.format(**_GPUS[target]))
     if target not in (None, "cpu", "gpu"):
         raise MoonwalkTargetError(
             f"the target {target!r} is unknown",
             expected="one of " + ", ".join(map(repr, NAMES)),
+            remedy="for another GPU give its GpuTargetConfigProto as text or as a file",
         )
     here = _backend()
     if target in (None, here.name):
@@ -144,6 +166,54 @@ def resolve(target: str | Target | None) -> Target:
         remedy="for a GPU that is not attached name one of "
         + ", ".join(map(repr, ABSENT)),
     )
+
+
+def spread(target: Target, devices: int) -> Target:
+    """A target with as many devices as the arguments are sharded over.
+
+    Args:
+      target: one that is not attached, or whose backend can be had in a process of
+        its own.
+      devices: the size of the mesh.
+
+    Returns:
+      The target to compile for.
+
+    Raises:
+      MoonwalkTargetError: the target has another number of devices, or is an attached
+        accelerator, of which there are only those that are there.
+    """
+    if target.attached and target.platform != "cpu":
+        raise MoonwalkTargetError(
+            f"the arguments are sharded on an abstract mesh of {devices} devices, and "
+            f"the target is the attached {target.name}",
+            remedy="shard them on a mesh of jax.devices(), or name a target of "
+            + ", ".join(map(repr, ("cpu", *ABSENT))),
+        )
+    if target.devices == 1:
+        target = dataclasses.replace(target, topology=f"1x{devices}x1", attached=False)
+    if devices not in (1, target.devices):
+        raise MoonwalkTargetError(
+            f"the arguments are sharded over {devices} devices",
+            expected=f"the {target.devices} of the target {target.name} "
+            f"({target.topology})",
+        )
+    return target
+
+
+def _described(config: str) -> Target:
+    found = re.search(r'device_description_str:?\s*"([^"]+)"', config)
+    return Target(found[1] if found else "described GPU", "cuda", config)
+
+
+def _read(file: pathlib.Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoonwalkTargetError(
+            f"the target description {file} cannot be read: {error}",
+            expected="a GpuTargetConfigProto in text form",
+        ) from error
 
 
 def _backend() -> Target:

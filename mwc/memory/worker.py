@@ -26,18 +26,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mwc.memory.figures import figures
 
 
-def compile_exported(blob: bytes, target: dict[str, Any]) -> dict[str, Any]:
+def compile_exported(
+    blob: bytes, target: dict[str, Any], axes: dict[str, int] | None, live: bool
+) -> dict[str, Any]:
     """Compiles an exported program for a target.
 
     Args:
       blob: a serialised `jax.export.Exported` over flat arguments.
       target: the fields of `mwc.memory.targets.Target`.
+      axes: sizes by name of the mesh that the arguments are sharded on, or None.
+      live: whether to find the live range of every value too.
 
     Returns:
       What `figures` finds.
     """
     exported = export.deserialize(bytearray(blob))
-    sharding = _sharding(target)
+    devices = _devices(target)
+    shardings: list[Any] = [None] * len(exported.in_avals)
+    if devices is not None or axes is not None:
+        axes = axes or {"d": len(devices or jax.devices())}
+        where = np.array(devices or jax.devices()).reshape(tuple(axes.values()))
+        mesh = Mesh(where, tuple(axes))
+        given = exported.in_shardings_jax(mesh)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        shardings = [everywhere if s is None else s for s in given]
     kept = set(exported.module_kept_var_idx)
     avals = exported.in_avals
     # `jit` drops arguments that nobody reads; the wrapper must drop them as well.
@@ -52,20 +64,20 @@ def compile_exported(blob: bytes, target: dict[str, Any]) -> dict[str, Any]:
         return exported.call(*full)
 
     specs = [
-        jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype, sharding=sharding)
+        jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype, sharding=shardings[i])
         for i in reads
     ]
     traced = jax.jit(call).trace(*specs)
-    if sharding is None:
-        return figures(traced.lower())
-    return figures(traced.lower(lowering_platforms=(target["platform"],)))
+    platform = target["platform"]
+    return figures(traced.lower(lowering_platforms=(platform,)), platform, live)
 
 
 def _is_key(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _sharding(target: dict[str, Any]) -> NamedSharding | None:
+def _devices(target: dict[str, Any]) -> Any:
+    """The devices of a description; None for those of this process."""
     if target["config"] is None:
         return None
     topology = topologies.get_topology_desc(
@@ -74,7 +86,7 @@ def _sharding(target: dict[str, Any]) -> NamedSharding | None:
         topology=target["topology"],
         target_config=target["config"],
     )
-    return NamedSharding(Mesh(np.array(topology.devices), ("d",)), PartitionSpec())
+    return topology.devices
 
 
 def serve() -> None:
@@ -87,7 +99,8 @@ def serve() -> None:
         request = json.loads(line)
         blob = source.read(request["bytes"])
         try:
-            reply = {"figures": compile_exported(blob, request["target"])}
+            asked = request["target"], request["mesh"], request["live"]
+            reply = {"figures": compile_exported(blob, *asked)}
         except Exception as error:  # every failure is an answer, not an end
             reply = {"error": f"{type(error).__name__}: {error}"}
         channel.write(json.dumps(reply) + "\n")
