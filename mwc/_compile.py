@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,6 +124,17 @@ class Compiled:
         Returns:
           A report (`mwc.memory.MemoryReport`).
         """
+        return self._measured(args, kwargs, target, extra_forwards, methods)[1]
+
+    def _measured(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Any,
+        extra_forwards: float | Sequence[float],
+        methods: Sequence[str] | None,
+    ) -> tuple[Any, Any]:
+        """What was measured, and the report."""
         from mwc.memory import compiling, report, targets
 
         place = targets.resolve(target)
@@ -130,7 +142,8 @@ class Compiled:
         one = isinstance(extra_forwards, int | float)
         bounds = (extra_forwards,) if one else extra_forwards
         ours = {"moonwalk": self, **self._bounded(bounds)}
-        return report.table(self._subject(ours, args, kwargs), place, methods)
+        subject = self._subject(ours, args, kwargs)
+        return subject, report.table(subject, place, methods)
 
     def timeline(
         self,
@@ -178,6 +191,39 @@ class Compiled:
         bounds = BOUNDS if extra_forwards is None else tuple(extra_forwards)
         subject = self._subject(self._bounded(bounds), args, kwargs)
         return pareto(subject, bounds, target)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *args: Any,
+        target: Any = None,
+        extra_forwards: float | Sequence[float] = (),
+        methods: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Plans, compiles under each method, and writes `Plan.report`'s HTML file.
+
+        Args:
+          path: where to; a name that ends in ".html".
+          *args: arrays or `jax.ShapeDtypeStruct`s.
+          target: as in `memory`.
+          extra_forwards: as in `memory`.
+          methods: as in `memory`; the timeline has those of them that `timeline` has.
+          **kwargs: the same.
+
+        Raises:
+          MoonwalkError: as in `memory` and `Plan.report`.
+        """
+        from mwc import report
+        from mwc.memory.timeline import timeline
+
+        report.check_path(path)
+        asked = target, extra_forwards, methods
+        subject, memory = self._measured(args, kwargs, *asked)
+        compiled = [row.method for row in memory.rows if row.temp_bytes is not None]
+        drawn = [m for m in ("backprop", "checkpoint", "moonwalk") if m in compiled]
+        live = timeline(subject, target, drawn) if drawn else None
+        report.write(self.plan(*args, **kwargs), path, memory, live)
 
     def _bounded(self, bounds: Sequence[float]) -> dict[str, Compiled]:
         """The same function planned for other bounds of the extra time, by label."""
