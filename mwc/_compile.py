@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,6 +125,19 @@ class Compiled:
         Returns:
           A report (`mwc.memory.MemoryReport`).
         """
+        asked = target, extra_forwards, methods, progress
+        return self._measured(args, kwargs, *asked)[1]
+
+    def _measured(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Any,
+        extra_forwards: float | Sequence[float],
+        methods: Sequence[str] | None,
+        progress: Callable[[str], None] | None,
+    ) -> tuple[Any, Any]:
+        """What was measured, and the report."""
         from mwc.memory import compiling, report, targets
 
         place = targets.resolve(target)
@@ -132,7 +146,7 @@ class Compiled:
         bounds = (extra_forwards,) if one else extra_forwards
         ours = {"moonwalk": self, **self._bounded(bounds)}
         subject = self._subject(ours, args, kwargs)
-        return report.table(subject, place, methods, progress)
+        return subject, report.table(subject, place, methods, progress)
 
     def timeline(
         self,
@@ -184,6 +198,41 @@ class Compiled:
         bounds = BOUNDS if extra_forwards is None else tuple(extra_forwards)
         subject = self._subject(self._bounded(bounds), args, kwargs)
         return pareto(subject, bounds, target, progress)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *args: Any,
+        target: Any = None,
+        extra_forwards: float | Sequence[float] = (),
+        methods: Sequence[str] | None = None,
+        progress: Callable[[str], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Plans, compiles under each method, and writes `Plan.report`'s HTML file.
+
+        Args:
+          path: where to; a name that ends in ".html".
+          *args: arrays or `jax.ShapeDtypeStruct`s.
+          target: as in `memory`.
+          extra_forwards: as in `memory`.
+          methods: as in `memory`; the timeline has those of them that `timeline` has.
+          progress: as in `memory` and `timeline`.
+          **kwargs: the same.
+
+        Raises:
+          MoonwalkError: as in `memory` and `Plan.report`.
+        """
+        from mwc import report
+        from mwc.memory.timeline import timeline
+
+        report.check_path(path)
+        asked = target, extra_forwards, methods, progress
+        subject, memory = self._measured(args, kwargs, *asked)
+        compiled = [row.method for row in memory.rows if row.temp_bytes is not None]
+        drawn = [m for m in ("backprop", "checkpoint", "moonwalk") if m in compiled]
+        live = timeline(subject, target, drawn, progress) if drawn else None
+        report.write(self.plan(*args, **kwargs), path, memory, live)
 
     def _bounded(self, bounds: Sequence[float]) -> dict[str, Compiled]:
         """The same function planned for other bounds of the extra time, by label."""

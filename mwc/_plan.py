@@ -213,6 +213,31 @@ class Plan:
         options = {"direction": direction, "expand": expand, "compare": compare}
         drawing.draw(self, path, **options)
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        memory: Any = None,
+        timeline: Any = None,
+    ) -> None:
+        """Writes one HTML file that shows the plan and needs no network.
+
+        It has the summary, a row and a reason for every stage, the drawing, and what
+        was measured. `loss.report` measures by itself.
+
+        Args:
+          path: where to; a name that ends in ".html".
+          memory: what `loss.memory` gave, for a bar a method; None leaves them out.
+          timeline: what `loss.timeline` gave, for the bytes alive over the schedule.
+
+        Raises:
+          MoonwalkError: the name has another suffix, the file cannot be written, or
+            `memory` or `timeline` is something else.
+        """
+        from mwc import report
+
+        report.write(self, path, memory, timeline)
+
     def _repr_svg_(self) -> str:
         """The picture in a notebook."""
         from mwc import drawing

@@ -29,6 +29,8 @@ from mwc.drawing.style import (
     size,
 )
 
+LANES = ("F", "backprop", "R", "V", "parameters")
+PARAMETERS = {"fillcolor": "#fffdf0", "color": "#c8b45a"}  # the box of parameters
 _LINES = 3  # parameters that are named
 _STRIPE = 0.012  # of a box, the least that a stretch is wide
 
@@ -84,8 +86,7 @@ def boxes(card: Card, frame: Frame) -> Iterator[Box]:
         lines = [*_again(members), f"rebuilds h{gives}"]
         yield _box("V", ["V  sweep forward", *lines], _sweep("V"))
     if card.parameters:
-        look = {"fillcolor": "#fffdf0", "color": "#c8b45a"}
-        yield _box("parameters", _parameters(card.parameters), look)
+        yield _box("parameters", _parameters(card.parameters), PARAMETERS)
 
 
 def _box(lane: str, lines: Iterable[str], look: dict[str, str]) -> Box:
@@ -95,19 +96,24 @@ def _box(lane: str, lines: Iterable[str], look: dict[str, str]) -> Box:
 
 def _title(members: Sequence[Attributes]) -> list[str]:
     """Name, number of repeats, place."""
-    first, count = members[0], len(members)
-    places = f"stage {first['index']}"
-    if count > 1:
-        step = members[1]["index"] - first["index"]
-        places = f"stages {first['index']}…{members[-1]['index']}"
-        places += f" by {step}" if step > 1 else ""
-    times = count * first["steps"]
+    first = members[0]
+    times = len(members) * first["steps"]
     name = ending(name_of(members), 30) or first["kind"]
     lines = [name + (f"  ×{times}" if times > 1 else "")]
-    lines.append(f"{places} · {first['kind']}")
+    lines.append(f"{places(members)} · {first['kind']}")
     if first["source"] and first["source"] != first["name"]:
         lines.append(beginning(place(first["source"]), 32))
     return lines
+
+
+def places(members: Sequence[Attributes]) -> str:
+    """Where in the chain: "stages 0…88 by 8"."""
+    first, count = members[0], len(members)
+    if count == 1:
+        return f"stage {first['index']}"
+    step = members[1]["index"] - first["index"]
+    span = f"stages {first['index']}…{members[-1]['index']}"
+    return span + (f" by {step}" if step > 1 else "")
 
 
 def name_of(members: Sequence[Attributes]) -> str:
@@ -182,14 +188,18 @@ def _sweep(lane: str) -> dict[str, str]:
     return {"color": SWEEPS[lane], "fontcolor": SWEEPS[lane], "fillcolor": "#ffffff"}
 
 
-def _again(members: Sequence[Attributes]) -> list[str]:
+def again(members: Sequence[Attributes]) -> str:
+    """How often sweeps run stages again: "", "2.0×", "1.0–3.0×" or "up to 3.0×"."""
     least = min(m["runs_again"] for m in members)
     most = max(m["runs_again"] for m in members)
     if most < 0.05:
-        return []
+        return ""
     span = f"{most:.1f}" if most - least < 0.05 else f"{least:.1f}–{most:.1f}"
-    span = span if least >= 0.05 else f"up to {most:.1f}"
-    return [f"runs again {span}×"]
+    return f"{span if least >= 0.05 else f'up to {most:.1f}'}×"
+
+
+def _again(members: Sequence[Attributes]) -> list[str]:
+    return [f"runs again {times}"] if (times := again(members)) else []
 
 
 def _rebuilt(members: Sequence[Attributes]) -> bool:

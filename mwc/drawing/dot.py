@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import graphviz
@@ -12,7 +12,7 @@ import graphviz
 from mwc._plan import Plan
 from mwc.drawing.card import Box, Frame, boxes
 from mwc.drawing.graph import to_networkx
-from mwc.drawing.sheet import Card, End, Sheet, Wire, sheet
+from mwc.drawing.sheet import Card, End, Sheet, Wire, every_card, sheet
 from mwc.drawing.style import (
     ARGUMENT,
     FONT,
@@ -40,6 +40,7 @@ def to_dot(
     direction: str | None = None,
     expand: bool = False,
     compare: bool = False,
+    caption: bool = True,
 ) -> str:
     """The drawing of a plan as DOT text.
 
@@ -48,6 +49,7 @@ def to_dot(
       direction: "LR" (left to right) or "TB" (top to bottom); None chooses by length.
       expand: whether repeats, and the bodies of loops and branches, are drawn in full.
       compare: whether what backpropagation would keep is drawn beside it.
+      caption: whether the totals and a legend are drawn.
 
     Returns:
       DOT text.
@@ -71,7 +73,7 @@ def to_dot(
         nodesep="0.14",
         ranksep="0.35",
         pad="0.3",
-        label=_caption(plan),
+        label=_caption(plan) if caption else "",
         labelloc="t",
         labeljust="l",
         bgcolor="white",
@@ -83,23 +85,22 @@ def to_dot(
     dot.attr("node", shape="box", style="filled", margin="0.08,0.05", **text)
     dot.attr("edge", arrowsize="0.7", **text)
     _Drawing(dot, frame).draw(drawn)
-    _legend(dot, drawn)
+    if caption:
+        _legend(dot, drawn)
     return dot.source
 
 
+def box_id(card: str, lane: str) -> str:
+    """The id in the SVG of a card's box: "stage-3-F"."""
+    return re.sub(r"[^\w-]+", "-", _node(card, lane))
+
+
 def _frame(drawn: Sheet, across: bool, compare: bool) -> Frame:
-    cards = [*_everything(drawn)]
+    cards = [*every_card(drawn)]
     keys = ("residual_bytes", "state_bytes"), ("backprop_bytes",)
     bytes_ = [sum(m[k] for m in c.members for k in ks) for c in cards for ks in keys]
     rebuilt = any("V" in m["sweeps"] for card in cards for m in card.members)
     return Frame(across, compare, rebuilt, max(bytes_, default=0))
-
-
-def _everything(drawn: Sheet) -> Iterator[Card]:
-    for card in drawn.cards:
-        yield card
-        for inner in card.inside:
-            yield from _everything(inner)
 
 
 class _Drawing:
@@ -149,8 +150,7 @@ class _Drawing:
         first = card.members[0]
         tip = f"{first['name']}\n{first['source']}\n{first['reason']}"
         name = _node(card.name, box.lane)
-        # Scripts find a box in the SVG by its id: "stage-3-F".
-        look = {"tooltip": tip, "id": re.sub(r"[^\w-]+", "-", name), "group": box.lane}
+        look = {"tooltip": tip, "id": box_id(card.name, box.lane), "group": box.lane}
         look |= box.attributes
         dot.node(name, box.text, **look)
 
@@ -251,7 +251,7 @@ def _caption(plan: Plan) -> str:
 
 def _legend(dot: graphviz.Digraph, drawn: Sheet) -> None:
     """A sample of every look that there is, before the first node of the chain."""
-    found = {m["storage"] for card in _everything(drawn) for m in card.members}
+    found = {m["storage"] for card in every_card(drawn) for m in card.members}
     found |= {"kept state"} if any(wire.kept for wire in drawn.wires) else set()
     with _part(dot) as part:
         names: list[str] = []

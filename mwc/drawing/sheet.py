@@ -137,6 +137,14 @@ def sheet(graph: nx.MultiDiGraph, expand: bool) -> Sheet:
     return drawn(None, None)
 
 
+def every_card(drawn: Sheet) -> Iterator[Card]:
+    """The cards of a sheet and of those inside, in order."""
+    for card in drawn.cards:
+        yield card
+        for inner in card.inside:
+            yield from every_card(inner)
+
+
 def _sheet(
     graph: nx.MultiDiGraph,
     body: str | None,
