@@ -207,6 +207,13 @@ def test_timeline_and_pareto(net):
     assert "predicted MiB" in call("pareto", *args).stdout
 
 
+def test_report_is_one_file(net):
+    args = ["net:loss", "-o", "all.html", "--method", "moonwalk", "--json"]
+    found = json.loads(call("report", *args).stdout)
+    assert found["bytes"] == (net / "all.html").stat().st_size > 10_000
+    assert call("report", "net:loss", "-o", "all.pdf").exit_code == 2
+
+
 def test_draw_writes_a_picture(net):
     options = ["--compare", "--expand", "--direction", "tb", "--json"]
     result = call("draw", "net:loss", "-o", "saved.svg", *options)

@@ -1,4 +1,4 @@
-"""Commands about one function: plan, memory, timeline, pareto, draw, check."""
+"""Commands about one function: plan, memory, timeline, pareto, draw, report, check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mwc.cli.options import Picture, extra_forwards, on_subject
+from mwc.cli.options import PICTURE, Output, extra_forwards, on_subject
 from mwc.cli.running import NEGATIVE, progress, show, show_json
 from mwc.cli.subject import Subject, compiling
 
@@ -29,7 +29,7 @@ _methods = click.option(
 
 def _plot(what: str) -> Any:
     return click.option(
-        "--plot", type=Picture(), help=f"Draw {what} to .svg, .png or .pdf."
+        "--plot", type=PICTURE, help=f"Draw {what} to .svg, .png or .pdf."
     )
 
 
@@ -167,7 +167,7 @@ def pareto(
     "-o",
     "--output",
     required=True,
-    type=Picture(),
+    type=PICTURE,
     help="Where to: .svg, .png or .pdf says what.",
 )
 @click.option(
@@ -206,6 +206,45 @@ def draw(
 
 @click.command()
 @click.option(
+    "-o", "--output", required=True, type=Output(".html"), help="Where to: .html."
+)
+@_target
+@_methods
+@extra_forwards
+@on_subject(needs_device=_compiles_here)
+def report(
+    subject: Subject,
+    output: pathlib.Path,
+    target: str | None,
+    methods: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write plan, drawing, memory and timeline of FUNCTION to one HTML file.
+
+    \b
+    Examples:
+      mwc report net.py:loss -o report.html
+      mwc report net.py:loss -o report.html --target h200
+    """  # noqa: D301
+    rows = len(methods) or 4
+    with progress(compiling(target), 2 * rows - 1) as step:
+        subject.loss.report(
+            output,
+            *subject.args,
+            target=target,
+            methods=methods or None,
+            progress=step,
+            **subject.kwargs,
+        )
+    size = output.stat().st_size
+    if as_json:
+        show_json({"path": str(output), "bytes": size})
+    else:
+        click.echo(f"wrote {output} ({size:,} bytes)")
+
+
+@click.command()
+@click.option(
     "--seed",
     default=0,
     show_default=True,
@@ -235,7 +274,7 @@ def check(subject: Subject, seed: int, batch_axis: int | None, as_json: bool) ->
         sys.exit(NEGATIVE)
 
 
-COMMANDS = (plan, memory, timeline, pareto, draw, check)
+COMMANDS = (plan, memory, timeline, pareto, draw, report, check)
 
 
 def _finish(result: Any, plot: pathlib.Path | None, as_json: bool) -> None:

@@ -13,14 +13,16 @@ from mwc.cli.running import TRACEBACK, choose_backend
 from mwc.cli.subject import make
 
 
-class Picture(click.ParamType):
-    """A file name for a picture, refused before anything is computed."""
+class Output(click.ParamType):
+    """A file name to write to, refused before anything is computed."""
 
     name = "path"
-    suffixes = (".svg", ".png", ".pdf")
+
+    def __init__(self, *suffixes: str):
+        self.suffixes = suffixes
 
     def convert(self, value: Any, param: Any, ctx: Any) -> pathlib.Path:
-        """The path, if a picture can be written there."""
+        """The path, if its folder is there and its suffix one of these."""
         path = pathlib.Path(value)
         if path.suffix.lower() not in self.suffixes:
             wanted = ", ".join(self.suffixes)
@@ -28,6 +30,9 @@ class Picture(click.ParamType):
         if not path.parent.is_dir():
             self.fail(f"there is no folder {str(path.parent)!r}", param, ctx)
         return path
+
+
+PICTURE = Output(".svg", ".png", ".pdf")
 
 
 class Numbers(click.ParamType):
