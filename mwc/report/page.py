@@ -156,7 +156,11 @@ def _legend(stages: tuple[StageRecord, ...]) -> Iterator[tuple[str, int, int]]:
     for storage in LOOKS:
         alike = [stage for stage in stages if stage.storage == storage]
         if alike:
-            yield storage, len(alike), sum(s.residual_bytes + s.state_bytes for s in alike)
+            yield (
+                storage,
+                len(alike),
+                sum(s.residual_bytes + s.state_bytes for s in alike),
+            )
 
 
 _LOADER = jinja2.PackageLoader("mwc.report")
