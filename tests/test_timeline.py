@@ -62,7 +62,7 @@ allocation 4: size 96, preallocated-temp:
  value: <6 pair{0} @0> (size=64,offset=0): f32[16]{0}
  value: <7 pair{1} @0> (size=16,offset=80): f32[4]{0}
  value: <8 same @0> (size=64,offset=0): bf16[32]{0}
- value: <9 zeros @0> (size=16,offset=64): f32[4]{0}
+ value: <9 zeros{0} @0> (size=16,offset=64): f32[4]{0}
 """
 RANGES = """HloLiveRange (max 4):
   InstructionSequence:
@@ -78,14 +78,14 @@ RANGES = """HloLiveRange (max 4):
     pair{0}:2-3
     pair{1}:2-2
     same{}:3-4
-    zeros{}:1-3
+    zeros{0}:1-3
   Live ranges at 2 (peak):
     x.1{}: 64 bytes (cumulative: 64 bytes)
 """
 FORWARD = "jit(program)/jvp(A)/sin"
 BACKWARD = r"jit(program)/transpose(jvp(A))/\"q\""
 MODULE = f"""
-  %zeros = f32[4]{{0}} broadcast(%constant.2), dimensions={{}}
+  %zeros = (f32[4]{{0}}, /*index=1*/f32[]) fusion(%constant.2), kind=kLoop
   %pair = (f32[16]{{0}}, f32[4]{{0}}) fusion(%x.1), metadata={{op_name="{FORWARD}"}}
   ROOT %same = bf16[32]{{0}} bitcast(%pair), metadata={{op_name="{BACKWARD}"}}
 """

@@ -30,7 +30,8 @@ _SCOPE = re.compile(
     re.MULTILINE,
 )
 _FILLED = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.\-]+) = \S+ (?:fusion|broadcast)\((?:%?constant[\w.\-]*)?\)",
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+)"
+    r" (?:fusion|broadcast)\((?:%?constant[\w.\-]*)?\)",
     re.MULTILINE,
 )
 

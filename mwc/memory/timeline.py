@@ -7,7 +7,8 @@ compilation cache answered) the series is the plan's: what it keeps, stage after
 on the way out and back again; then `Series.source` says "plan", and so do the plot and
 the text.
 
-Limits: a loop's body is run at one place of the order, whatever its trips. Of a plan
+Limits: a loop's body is run at one place of the order, whatever its trips, and so is
+the loop that fills results with NaN if a guard trips (a dip near the end). Of a plan
 alone there are no temporaries within a stage, and no series for checkpoints.
 """
 
@@ -57,7 +58,10 @@ class Series:
 
     @property
     def ratio(self) -> float | None:
-        """The most temporaries alive at once over those that the compiler allots."""
+        """The most temporaries alive at once over those that the compiler allots.
+
+        What is missing to 1 are holes: bytes free at the peak, but not in one piece.
+        """
         if not self.temp_bytes or not self.temp:
             return None
         return max(self.temp) / self.temp_bytes
