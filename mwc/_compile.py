@@ -346,7 +346,8 @@ def moonwalk_compile(
       plan: a plan made earlier.
 
     Returns:
-      The decorated function, with `value_and_grad`, `plan`, `check` and `memory`.
+      The decorated function, with `value_and_grad`, `plan`, `check`, `memory`,
+      `timeline`, `pareto` and `report`.
 
     Raises:
       MoonwalkError: an option is wrong, or not implemented yet.

@@ -21,7 +21,7 @@ POINTS = 400
 _METHODS = ("backprop", "checkpoint", "checkpoint-2", "moonwalk")
 _FURTHER = 4  # colours of other methods
 _LABEL = 7.0  # per cent of the plot's height that a line of text takes
-_TICKS = 5
+_TICKS = 5  # most of them
 _ALIVE = 10  # values at a peak that are named
 
 
@@ -197,11 +197,10 @@ def _apart(heights: Sequence[float]) -> list[float]:
 
 
 def _ticks(top: float) -> Iterator[tuple[float, str]]:
-    """A few round numbers of bytes from nothing to the top."""
-    unit = 1024 ** max((int(top).bit_length() - 1) // 10, 0)
-    tens = itertools.product((1, 10, 100, 1000), (1, 2, 5))
-    steps = (unit * ten * digit for ten, digit in tens)
-    step = next(s for s in steps if top / s <= _TICKS)
+    """Powers of two and their multiples, from nothing to the top."""
+    step = 1
+    while top / step >= _TICKS:
+        step *= 2
     for i in range(int(top / step) + 1):
         yield 100 * i * step / top, size(i * step) if i else "0"
 

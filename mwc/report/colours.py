@@ -22,11 +22,11 @@ from mwc.drawing.style import (
 
 # Fill, bar and border of each storage.
 _LOOKS = {
-    "full value": ("#4d3a12", "#7a5510", "#e8a33d"),
+    "full value": ("#4d3a12", "#8a5e0c", "#e8a33d"),
     "fragment": ("#46283a", "#7b3f62", "#dd8bb8"),
-    "bits": ("#123a55", "#1d5e88", "#58b4f0"),
-    "kept state": ("#10463a", "#12634f", "#3fc79c"),
-    "recomputed": ("#222a33", "#46525e", "#97a4b1"),
+    "bits": ("#123a55", "#1f6a9c", "#58b4f0"),
+    "kept state": ("#10463a", "#14725a", "#3fc79c"),
+    "recomputed": ("#222a33", "#3b4651", "#97a4b1"),
     "nothing": ("#12171d", "#12171d", "#7d8a97"),
 }
 

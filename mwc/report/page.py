@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jinja2
-from markupsafe import Markup
 
 from mwc._plan import Plan, StageRecord
 from mwc.drawing import to_networkx
@@ -118,8 +117,8 @@ def html(
         data=data,
         dark=DARK,
         looks=LOOKS,
-        style=Markup(_asset("style.css")),
-        script=Markup(script),
+        style=_asset("style.css"),
+        script=script,
         digest=digest,
         jax=jax.__version__,
         size=size,

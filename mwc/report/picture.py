@@ -133,18 +133,13 @@ def _box(card: Card, name: str, of: Mapping[str, Facts], opens: bool) -> dict[st
 
 
 def _end(group: ET.Element) -> dict[str, str]:
-    tip = _tip(group)
-    label = tip.get("data-tip") or _words(group)
-    return tip | {"role": "img", "aria-label": label}
+    words = (text.text or "" for text in group.iter(f"{_SVG}text"))
+    return _tip(group) | {"role": "img", "aria-label": ", ".join(words)}
 
 
 def _tip(group: ET.Element) -> dict[str, str]:
     tips = (link.get(f"{_XLINK}title") for link in group.iter(f"{_SVG}a"))
     return {"data-tip": tip} if (tip := next(tips, None)) else {}
-
-
-def _words(group: ET.Element) -> str:
-    return ", ".join(text.text or "" for text in group.iter(f"{_SVG}text"))
 
 
 def _shapes(group: ET.Element) -> Iterator[ET.Element]:

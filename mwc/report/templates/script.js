@@ -20,8 +20,8 @@
   function described(box) {
     const card = data.cards[box.dataset.card];
     if (!card) {
-      const [title, ...lines] = (box.dataset.tip || box.getAttribute("aria-label") || "").split("\n");
-      return [made("h3", title), ...lines.map((line) => made("p", line))];
+      const lines = (box.dataset.tip || "").split("\n");
+      return [made("h3", box.getAttribute("aria-label")), ...lines.map((line) => made("p", line))];
     }
     const facts = card.facts.map(([label, text]) => [made("dt", label), made("dd", text)]);
     const values = card.values.map(([heading, lines]) => [
@@ -44,7 +44,7 @@
     const kept = ["kept for it", "kept states"].filter((key) => facts[key]);
     const lines = [
       `${facts.where} · ${facts.kind}`,
-      facts.source,
+      card.title.startsWith(facts.source) ? "" : facts.source,
       facts.storage,
       ...kept.map((key) => `${key} ${facts[key]}`),
       ...card.values.filter(([heading]) => heading === "states made").map(([, made]) => `makes ${made[0]}`),
@@ -79,7 +79,12 @@
     show() {
       for (const view of views) view.element.hidden = view !== this;
       one(`[name=view][value=${this.name}]`).checked = true;
-      if (!this.scale) this.fit();
+      if (!this.scale) {
+        this.fit();
+        const along = this.width > this.height ? "x" : "y";
+        const places = new Map(this.boxes.map((box) => [box, box.getBBox()[along]]));
+        this.boxes.sort((a, b) => places.get(a) - places.get(b));
+      }
       this.told();
     }
 
@@ -88,7 +93,7 @@
     }
 
     fit() {
-      this.sized(Math.min(1.4, Math.max(0.6, (this.port.clientWidth - 12) / this.width)));
+      this.sized(Math.min(1.4, Math.max(0.8, (this.port.clientWidth - 12) / this.width)));
       this.port.scrollTo(0, 0);
     }
 
@@ -177,7 +182,11 @@
 
   for (const view of views) {
     const { port, svg } = view;
-    svg.addEventListener("focusin", (event) => view.choose(event.target.closest(".node")));
+    // Not on the SVG, which would then take the focus itself in Chromium.
+    port.addEventListener("focusin", (event) => {
+      const box = event.target.closest(".node");
+      if (box) view.choose(box);
+    });
     port.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey) return;
       const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
