@@ -18,17 +18,16 @@ you buy. The measured bytes need not grow with depth at every step.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.box
-import rich.console
 import rich.table
 
 from mwc.errors import MoonwalkTypeError
 from mwc.memory.budget import in_bytes
+from mwc.memory.printing import plain
 from mwc.memory.subject import BASELINES, level
 from mwc.memory.targets import Target
 
@@ -107,10 +106,7 @@ class Depths:
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        console = rich.console.Console(file=stream, width=100, color_system=None)
-        console.print(self)
-        return "\n".join(map(str.rstrip, stream.getvalue().rstrip().splitlines()))
+        return plain(self)
 
 
 def estimate(

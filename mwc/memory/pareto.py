@@ -16,16 +16,15 @@ ones are searched.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import rich.box
-import rich.console
 import rich.table
 
 from mwc.memory import compiling, nesting, segments, targets
+from mwc.memory.printing import plain
 from mwc.memory.subject import BASELINES, Subject, level
 
 BOUNDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -114,10 +113,7 @@ class Pareto:
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        console = rich.console.Console(file=stream, width=100, color_system=None)
-        console.print(self)
-        return "\n".join(map(str.rstrip, stream.getvalue().rstrip().splitlines()))
+        return plain(self)
 
 
 def pareto(

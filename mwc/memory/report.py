@@ -19,19 +19,18 @@ rows of several devices have no prediction.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import rich.box
-import rich.console
 import rich.table
 
 from mwc.errors import MoonwalkError, MoonwalkValueError
 from mwc.memory import compiling, targets
 from mwc.memory.depth import Depths, estimate
+from mwc.memory.printing import plain
 from mwc.memory.repeats import Repeats, repeats
 from mwc.memory.subject import Subject
 
@@ -184,10 +183,7 @@ class MemoryReport:
         return table
 
     def __str__(self) -> str:
-        stream = io.StringIO()
-        console = rich.console.Console(file=stream, width=140, color_system=None)
-        console.print(self)
-        return "\n".join(map(str.rstrip, stream.getvalue().rstrip().splitlines()))
+        return plain(self, width=140)
 
 
 def _number(value: float | None, unit: float) -> str:
