@@ -36,8 +36,8 @@ class Value:
       kind: "parameter" and "data" are arguments, "derived" follows from arguments
         alone and is made before the first stage, "state" is made by a stage and read by
         others. The rest is kept for its stage and read by its backward alone: "bits"
-        (bools, eight a byte), "residual" (other values), "carries" (states and
-        cotangents of a loop's steps), "sketch" (sums that check a rebuilt cotangent).
+        (bools, eight a byte), "residual" (other values), "carries" (states of a loop's
+        steps), "sketch" (sums that check a rebuilt cotangent).
       shape: its dimensions; symbolic ones count as a nominal size.
       dtype: its element type by name.
       bytes: what keeping it takes.

@@ -99,7 +99,7 @@ class Stage(Protocol):
 
 
 class Whole:
-    """What stages have in common that keep nothing: their backward runs them again."""
+    """What stages of several parts have in common: no schedule stores them whole."""
 
     @property
     def bits(self) -> int:

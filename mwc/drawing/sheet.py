@@ -18,7 +18,7 @@ from typing import Any
 
 import networkx as nx
 
-from mwc.drawing.repeats import Block, blocks
+from passes.blocks import Block, blocks
 
 Attributes = Mapping[str, Any]
 

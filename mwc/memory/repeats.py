@@ -1,11 +1,10 @@
 """The block that a program repeats: a scan's body, or a run of alike layers.
 
-Layers in a Python loop are found by their matrix products, in order: the stretch that
-equals itself shifted by a period, longest in operations. A scan's body repeats by its
-trips. Of all such blocks the one that most operations are in counts.
+Layers in a Python loop are found by their matrix products, in order (`passes.blocks`).
+A scan's body repeats by its trips. Of all such blocks the one that most operations are
+in counts.
 
-Limits: products of one shape count as alike, whatever is between them; blocks of more
-than 128 products are not found.
+Limits: products of one shape count as alike, whatever is between them.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from passes.blocks import blocks
 from passes.flops import eqn_flops
 from passes.graph import Graph
-
-_LONGEST = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +56,12 @@ def _loops(heavy: Sequence[Any]) -> Iterator[tuple[int, Repeats]]:
 
 
 def _runs(heavy: Sequence[Any]) -> Iterator[tuple[int, Repeats]]:
-    """The longest run of each period, short periods first."""
-    alike = [_signature(eqn) for eqn in heavy]
     made = [0, *itertools.accumulate(eqn_flops(eqn).matrix for eqn in heavy)]
-    for period in range(1, min(_LONGEST, len(heavy) // 2) + 1):
-        start = 0
-        for i in range(period, len(heavy) + 1):
-            if i < len(heavy) and alike[i] == alike[i - period]:
-                continue
-            first, start = start, i - period + 1
-            count = (i - first) // period
-            if count > 1:
-                work = made[first + count * period] - made[first]
-                noun = "product" if period == 1 else "products"
-                yield work, Repeats(count, f"{count} blocks of {period} matrix {noun}")
+    for block in blocks([_signature(eqn) for eqn in heavy]):
+        if block.times > 1:
+            noun = "product" if block.period == 1 else "products"
+            what = f"{block.times} blocks of {block.period} matrix {noun}"
+            yield made[block.stop] - made[block.start], Repeats(block.times, what)
 
 
 def _signature(eqn: Any) -> tuple[str, ...]:

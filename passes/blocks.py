@@ -1,8 +1,9 @@
-"""Which stretches of a chain repeat: runs of equal stages, and blocks of several.
+"""Which stretches of a chain repeat: runs of equal links, and blocks of several.
 
 Found greedily from the front: of all periods at a place the one whose repeats cover the
-most, the shortest of those. `passes.repeats` shares the derivatives of repeated layers;
-here what reads alike is drawn once. Limits: blocks inside blocks are not sought.
+most, the shortest of those. Drawings show what reads alike once, memory reports count
+how often a block is there; `passes.repeats` shares the derivatives of repeated layers.
+Limits: blocks inside blocks are not sought.
 """
 
 from __future__ import annotations
