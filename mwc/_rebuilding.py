@@ -31,7 +31,8 @@ from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.linearise import Linear, is_inexact
 from passes.residuals import narrowest, packed_bytes
-from passes.submersion import Submersion, run_error, submersion
+from passes.submersion import Inverse, Rule, Submersion, run_error, submersion
+from passes.widen import widened
 
 _LONGEST = 128  # stages of a run
 _SHARE = 0.7  # of the tolerance
@@ -48,7 +49,7 @@ class Judge:
 
     def __init__(self, outside: Collection[Var], known: Mapping[Var, Fact]):
         self._outside, self._known = outside, known
-        self._found: dict[Any, tuple[Submersion, tuple[Var, ...]]] = {}
+        self._found: dict[Any, tuple[Linear, Submersion, tuple[Var, ...]]] = {}
 
     def __call__(self, stage: Stage) -> Rebuilt | str:
         """The stage as one that can be rebuilt, or why it cannot."""
@@ -67,15 +68,18 @@ class Judge:
         given = {f: self._known[v] for v, f in names.items() if v in self._known}
         key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
         if key not in self._found:
-            found = submersion(linear, names[state], given)
-            bits = self._bits(graph, linear, names) if found.can_rebuild else ()
-            self._found[key] = found, bits
-        found, bits = self._found[key]
+            wide = widened(linear) or linear
+            found = submersion(wide, names[state], given)
+            bits = self._bits(graph, wide, names) if found.can_rebuild else ()
+            self._found[key] = wide, found, bits
+        wide, found, bits = self._found[key]
         if not found.can_rebuild:
             return f"{found.verdict.value}: {found.reason}"
+        if wide is not linear and any(_narrow_only(i) for i in found.inverses):
+            return f"ties or rules of the user in {state.aval.dtype}"
         if sum(packed_bytes(v) for v in bits) >= nbytes(state):
             return "sweep R would keep as much of it as its state"
-        swept = dataclasses.replace(stage, bit_vars=bits)
+        swept = dataclasses.replace(stage, bit_vars=bits, linear=wide)
         return Rebuilt(swept, found, state, result)
 
     def _bits(
@@ -92,6 +96,14 @@ class Judge:
         return narrowest(
             linear.fwd, need, states, lambda e: eqn_flops(e).matrix, at_hand=False
         )
+
+
+def _narrow_only(inverse: Inverse) -> bool:
+    """Whether a link cannot be inverted for a state of less than 32 bits.
+
+    Entries of such a state tie often, and a user's rule expects cotangents like it.
+    """
+    return inverse.ties or inverse.rule is Rule.CUSTOM
 
 
 def runs(
@@ -155,9 +167,11 @@ def growth(run: Sequence[Rebuilt]) -> float:
 
 def _eps(one: Rebuilt) -> float:
     """The coarsest rounding on the way through a stage's backward."""
-    eqns = (e for inverse in one.found.inverses for e in inverse.link.eqns)
-    path = [one.result, *(v for e in eqns for v in (*e.invars, *e.outvars))]
-    return max(float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v))
+    eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
+    path = [one.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
+    found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
+    kept = (e.params.get("mantissa_bits") for e in eqns)
+    return max(*found, *(2.0**-bits for bits in kept if bits is not None))
 
 
 def rebuilt_loop(
@@ -195,7 +209,7 @@ def rebuilt_loop(
         pruned=True,
         # Sweep V runs every step, pushes, and reruns what gradients need.
         leaf_forwards=1 + (total(push) + one.stage.rerun) / max(1.0, total(work)),
-        leaf_bytes=(stops + 3) * nbytes(one.state) + loop.length * SKETCH_BYTES,
+        leaf_bytes=(stops + 3) * nbytes(one.last) + loop.length * SKETCH_BYTES,
         one=one,
         every=every,
         exact=_exact([one]),

@@ -9,10 +9,13 @@ K buckets of rows, features j in G groups, sigma and E of +-1,
 and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
 largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
 counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
-Source: DESIGN section 5, whose limit is three times this one: over 6,000 perturbed runs
-readings between the two came with gradients that were off by up to four tolerances,
-and no reading below this one with more than one tolerance. Limits: an error that the
-signs cancel is missed with the probability of 256 sums cancelling at once.
+Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
+perturbed runs readings between the two came with gradients that were off by up to four
+tolerances, and no reading below this one with more than one tolerance. Where products
+of float32 are rounded to TF32 the limit is as there: rounding alone reads 4.1e-4
+sqrt(n) after n exact layers (emulated), and gradients are off by 0.8 of a reading at
+most. Limits: an error that the signs cancel is missed with the probability of 256 sums
+cancelling at once.
 """
 
 from __future__ import annotations
@@ -32,7 +35,6 @@ Array = Any
 
 _BUCKETS, _SUMS = 16, 256
 SKETCH_BYTES = 4 * _SUMS
-TRIP = 1.0  # readings above this many tolerances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ def reading(expected: Array, found: Array) -> Array:
 
 def fine(readings: Array, limit: Array | float) -> Array:
     """Whether no reading trips; written so that NaN does."""
-    return jnp.all(readings <= TRIP * limit)
+    return jnp.all(readings <= limit)
 
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
@@ -134,8 +136,10 @@ def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
     return [jnp.where(passes, g, jnp.nan) for g in grads]
 
 
-# Relative rounding of one product, by matrix precision; DESIGN section 9.
-_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "tf32": 2e-3, "bfloat16": 2e-2}
+# The error that rebuilding may add, by dtype; DESIGN section 9.
+_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
+# Of float32 whose products the platform rounds: three times DESIGN's.
+_ROUNDED = {"tf32": 6e-3, "bfloat16": 6e-2}
 
 
 def planned_tolerance(dtype: Any, asked: float | None) -> float:
@@ -170,6 +174,6 @@ def tolerance(dtype: Any, exact: bool, asked: float | None) -> Array | float:
         return full
     return lax.platform_dependent(
         cpu=lambda: jnp.float32(full),
-        tpu=lambda: jnp.float32(_TOLERANCE["bfloat16"]),
-        default=lambda: jnp.float32(_TOLERANCE["tf32"]),
+        tpu=lambda: jnp.float32(_ROUNDED["bfloat16"]),
+        default=lambda: jnp.float32(_ROUNDED["tf32"]),
     )

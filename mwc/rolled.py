@@ -26,7 +26,7 @@ from mwc.loops import Loop, Sweeps
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
-from passes.graph import Var, is_var
+from passes.graph import Var, astype, is_var
 
 Array = Any
 
@@ -80,13 +80,14 @@ class _Rebuilding(Sweeps):
         aval = self._one.result.aval
         h = cts.get(eqn.outvars[self._place])
         h = stacks.zeros(None, aval, self._one.result) if h is None else h
+        h = astype(h, self._one.last)
         ask = self.asked(wanted)
         c_vars = [v for v in self.const_vars if v in ask]
         x_vars = [v for v in self.x_vars if v in ask]
         shape = (*aval.shape, 2) if jnp.iscomplexobj(h) else aval.shape
         take = guard.sketcher(h, [shape], self._one.found.rows)
         h, marks, ties, stops = self._back(h, bits, take)
-        found: Values = {self._one.state: h}
+        found: Values = {self._one.state: astype(h, self._one.state)}
         if c_vars or x_vars:
             held = (bits, marks, ties, stops)
             found |= self._forth(h, held, take, c_vars, x_vars, wanted)
@@ -190,5 +191,5 @@ class _Rebuilding(Sweeps):
         grads = guard.nan_unless(guard.fine(worst, limit), [*g_consts, *g_xs])
         found = dict(zip((*c_vars, *x_vars), grads, strict=True))
         if DRIFT in wanted:
-            found[DRIFT] = (worst / (guard.TRIP * limit))[None]
+            found[DRIFT] = (worst / limit)[None]
         return found

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from mwc import packing
 from mwc._tie import barrier
 from passes import _jax
-from passes.graph import Graph, Var, evaluate, is_var
+from passes.graph import Graph, Var, astype, evaluate, is_var
 from passes.linearise import Linear
 
 Array = Any
@@ -41,7 +41,6 @@ class Stage(Protocol):
       kept: number of arrays that `first` keeps for a stored stage.
       names: inputs and results that a stored stage needs besides; they are kept
         under their own names, so that an array is kept once.
-      guards: number of readings that `pull` may give for `DRIFT`.
       guards: readings that `pull` gives for `DRIFT`, where it is wanted.
     """
 
@@ -222,7 +221,9 @@ class Straight:
         pairs = zip(linear.residuals, linear.residual_inputs, strict=True)
         need = [(r, v) for r, v in pairs if v in read]
         found = evaluate(linear.fwd, env, [r for r, _ in need])
-        return linear.consts | dict(zip((v for _, v in need), found, strict=True))
+        # A widened derivative reads narrow residuals as float32.
+        pairs = ((v, astype(x, v)) for (_, v), x in zip(need, found, strict=True))
+        return linear.consts | dict(pairs)
 
     def results(self, values: Values, bits: Sequence[Array]) -> list[Array]:
         """The results from the inputs and the bits, which say how it branches."""

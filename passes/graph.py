@@ -90,6 +90,12 @@ def read(env: Mapping[Var, Any], atom: Atom) -> Any:
     return env[atom] if is_var(atom) else atom.val
 
 
+def astype(x: Any, var: Var) -> Any:
+    """A value in the dtype of a variable."""
+    dtype = getattr(var.aval, "dtype", None)
+    return x if dtype in (None, x.dtype) else x.astype(dtype)
+
+
 def evaluate(
     graph: Graph,
     env: dict[Var, Any],

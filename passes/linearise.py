@@ -118,23 +118,23 @@ def linearise(
         return jax.tree.unflatten(trees[-1], leaves)(cts)
 
     fwd = jax.make_jaxpr(forward)(*[v.aval for v in graph.invars])
-    fwd, consts = _hoist(fwd)
+    fwd, consts = hoisted(fwd)
     residuals = [v.aval for v in fwd.outvars[len(inexact) :]]
     cts = [
         v.aval.to_tangent_aval()
         for v, f in zip(graph.outvars, inexact, strict=True)
         if f
     ]
-    bwd, more = _hoist(jax.make_jaxpr(backward)(residuals, cts))
+    bwd, more = hoisted(jax.make_jaxpr(backward)(residuals, cts))
     consts |= more
     narrow = by_position(fwd, bwd, consts, len(residuals))
     if narrow is not None:
-        (fwd, consts), (bwd, more) = map(_hoist, narrow)
+        (fwd, consts), (bwd, more) = map(hoisted, narrow)
         consts |= more
     return Linear(fwd, bwd, active, inexact, consts, len(residuals))
 
 
-def _hoist(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:
+def hoisted(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:
     """A graph of a closed jaxpr, and the values of its constants."""
     inner, consts = _jax.opened(jaxpr)
     bare = _jax.closed([*inner.constvars, *inner.invars], inner.outvars, inner.eqns)

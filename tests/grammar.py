@@ -8,7 +8,7 @@ of skips. What a rule draws depends on its place in the list alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -316,19 +316,33 @@ RULES: dict[str, Callable[..., Array]] = {
 }
 
 
+def states(names, params, x, env) -> Iterator[Array]:
+    """What each of a list of rules makes."""
+    h = x
+    for place, (name, p) in enumerate(zip(names, params["blocks"], strict=True)):
+        env.place = place
+        h = RULES[name](h, p, env)
+        yield h
+
+
 def loss_of(names: Sequence[str]) -> Callable[..., Array]:
     """The loss that a list of rules stands for."""
 
     def loss(params, x, extras):
-        index, flag, key = extras
-        env = Env(x, params["tied"], index, flag, key)
-        h = x
-        for place, (name, p) in enumerate(zip(names, params["blocks"], strict=True)):
-            env.place = place
-            h = RULES[name](h, p, env)
+        env = Env(x, params["tied"], *extras)
+        *_, h = x, *states(names, params, x, env)
         return jnp.mean(h**2) + jnp.sum(h[0]) * 0.1 + sum(env.losses)
 
     return loss
+
+
+def cancels(names, params, x, extras) -> bool:
+    """Whether a state is zero but for rounding, whose sign is then anybody's."""
+    for h in states(names, params, x, Env(x, params["tied"], *extras)):
+        size = np.abs(np.asarray(h))
+        if np.any((size > 0) & (size < 1e-13 * np.max(size, initial=0))):
+            return True
+    return False
 
 
 def values(count: int, rows=4, width=5, seed=0, kind="normal", dtype=np.float64):

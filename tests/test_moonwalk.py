@@ -333,41 +333,58 @@ def test_complex_weights(x64, loop):
     compare(loss, ws if loop else [*ws], batch, least=1 if loop else 6)
 
 
-def test_bfloat16():
-    """Rebuilt only where the user's tolerance has room for what it rounds away."""
-    params, batch = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.bfloat16), (weights(8, 32), data(16, 32))
-    )
-    plain = moonwalk_compile(over_layers(), strategies=FORCED)
-    assert rows(plain.plan(params, batch)) == 0
-    ours = moonwalk_compile(over_layers(), strategies=FORCED, tolerance=0.2)
-    mine, theirs = (jax.jit(jax.grad(f))(params, batch) for f in (ours, over_layers()))
-    assert rows(ours.plan(params, batch)) == 1
-    wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (params, batch))
+def assert_no_worse(loss, best, args):
+    """Against `best` in float64: at most twice the error of backpropagation.
+
+    Entries cannot be compared: JAX itself rounds differently in eager mode and in jit.
+    """
+    ours = moonwalk_compile(loss, strategies=FORCED)
+    _, mine, drift = ours.value_and_grad(*args, with_drift=True)
+    assert 0 < drift.worst < 0.5
+    theirs = jax.jit(jax.grad(loss))(*args)
+    wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), args)
     with jax.enable_x64(True):
-        best = jax.jit(jax.grad(over_layers()))(*wide)
-    for one, other, true in zip(mine, theirs, map(np.asarray, best), strict=True):
-        assert one.dtype == other.dtype == jnp.bfloat16
-        found = [np.asarray(x).astype(np.float64) for x in (one, other)]
-        errors = [np.max(np.abs(x - true)) for x in found]
-        assert errors[0] <= 2 * errors[1]
+        true = jax.tree.map(np.asarray, jax.jit(jax.grad(best))(*wide))
+    for one, other, exact in zip(
+        *map(jax.tree.leaves, (mine, theirs, true)), strict=True
+    ):
+        assert one.dtype == other.dtype
+        errors = [
+            np.linalg.norm(np.asarray(x, np.float64) - exact) for x in (one, other)
+        ]
+        assert errors[0] <= 2 * errors[1] < np.linalg.norm(exact)
+    return rows(ours.plan(*args))
 
 
-def test_mixed_precision():
-    """A cotangent that passes through bfloat16 is not rebuilt in float32."""
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_states(dtype, loop):
+    """Cotangents are float32."""
+    loss = (over_layers if loop else chain)("leaky 0.9")
+    params = weights(16, 16) if loop else layers(16, 16)
+    args = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, data(64, 16)))
+    assert assert_no_worse(loss, loss, args) == (1 if loop else 16)
+
+
+def test_narrow_products():
+    """The state is float32, a product of bfloat16 in between."""
 
     def loss(params, batch):
         x, y = batch
         for w, b in params:
             h = layer(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-            x = jnp.abs(h.astype(jnp.float32) + b)
+            x = KINKS["leaky 0.9"](h.astype(jnp.float32) + b)
         return mean_square(x, y)
 
-    params, batch = jax.tree.map(np.float32, (layers(8), data()))
-    for strategies in (FORCED, None):
-        ours = moonwalk_compile(loss, strategies=strategies)
-        mine, true = (jax.jit(jax.grad(f))(params, batch) for f in (ours, loss))
-        assert_same(mine, true, rtol=3e-2)
+    args = jax.tree.map(np.float32, (layers(16, 16), data(64, 16)))
+    assert assert_no_worse(loss, chain("leaky 0.9"), args) == 16
+
+
+def test_narrow_states_that_tie():
+    """Entries of bfloat16 tie often, and what ties is not rebuilt."""
+    args = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (layers(8), data()))
+    plan = moonwalk_compile(chain("max-min"), strategies=FORCED).plan(*args)
+    assert rows(plan) == 0
 
 
 def test_nothing_is_assumed_of_a_weight():

@@ -152,22 +152,6 @@ def test_a_loop_inside_a_declared_map():
     check(loss, *arguments())
 
 
-def test_products_of_a_lower_precision_are_not_rebuilt():
-    def loss(weights, x):
-        half = mwc.coisometric(
-            lambda h, w: jnp.dot(
-                *(h.astype(jnp.bfloat16), w.astype(jnp.bfloat16)),
-                preferred_element_type=jnp.float32,
-            )
-        )
-        h = x.astype(jnp.float32)
-        for w in weights:
-            h = jnp.abs(half(h, w))
-        return jnp.mean(h**3)
-
-    assert counts(loss, *arguments(), strategies=FORCED)["moonwalk"] == 0
-
-
 def scanned(slope):
     def loss(weights, x):
         def step(h, w):

@@ -31,7 +31,7 @@ from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
-from passes.graph import Graph, Var, is_var
+from passes.graph import Graph, Var, astype, is_var
 
 Array = Any
 
@@ -126,7 +126,7 @@ class Moonwalk(Whole):
             bits.append(rest[: one.stage.bits])
             rest = rest[one.stage.bits :]
         last = max((i for i in range(len(bits)) if self._asks(i, wanted)), default=-1)
-        h = cts[self.stages[-1].result]
+        h = astype(cts[self.stages[-1].result], self.stages[-1].last)
         take = guard.sketcher(h, self._shapes(last), self.rows) if last >= 0 else None
         h, marks, ties = self._back(values, bits, h, last, take)
         found: Values = {}
@@ -134,7 +134,7 @@ class Moonwalk(Whole):
             # Before sweep V, in which its cotangent would have to stay alive.
             found = self._led(values, h, wanted)
         elif self.stages[0].state in wanted:
-            found = {self.stages[0].state: h}
+            found = {self.stages[0].state: astype(h, self.stages[0].state)}
         if take is not None:
             values, bits, h = self._tied(values, bits[: last + 1], h, found)
             more = self._forth(values, bits, h, marks, ties, take, wanted)
@@ -146,7 +146,8 @@ class Moonwalk(Whole):
         assert self.lead is not None
         if not self.lead.chosen(wanted):
             return {}
-        return self.lead.pull(values, [], False, {self.stages[0].state: h}, wanted)
+        state = self.stages[0].state
+        return self.lead.pull(values, [], False, {state: astype(h, state)}, wanted)
 
     def _tied(
         self, values: Values, bits: Sequence[Sequence[Array]], h: Array, found: Values
@@ -248,7 +249,7 @@ class Moonwalk(Whole):
         safe = guard.nan_unless(guard.fine(seen, limit), list(found.values()))
         found = dict(zip(found, safe, strict=True))
         if DRIFT in wanted:
-            found[DRIFT] = seen / (guard.TRIP * limit)
+            found[DRIFT] = seen / limit
         return found
 
 

@@ -29,7 +29,7 @@ from mwc.stages import Straight, Values
 from passes import _jax
 from passes.depend import reached
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, evaluate, read
+from passes.graph import Graph, Var, astype, evaluate, read
 from passes.submersion import Inverse, Rule, Submersion
 
 Array = Any
@@ -149,7 +149,8 @@ class Rebuilt:
         read = bwd.inputs_of(outs, known) - {*known}
         env = self.stage.residuals(values, bits, False, read)
         found = evaluate(bwd, {**env, **known}, outs)
-        return dict(zip((v for v, _ in chosen), found, strict=True))
+        pairs = zip((v for v, _ in chosen), found, strict=True)
+        return {v: astype(ct, v) for v, ct in pairs}
 
 
 def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:

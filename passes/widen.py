@@ -1,0 +1,86 @@
+"""Widen: a backward in which nothing is narrower than float32.
+
+In bfloat16 every cotangent is rounded to eight bits, and a rebuilt one would carry the
+rounding of all stages before it. Parameters and states may stay narrow: the cotangents
+alone are carried in float32, from residuals that are widened where they are read. A
+weight that was orthogonal before it was rounded is then mended like any other that has
+moved a little. Source: mixed-precision training keeps sums in float32 (Micikevicius et
+al., 2018). Limits: straight-line code; equations with programs inside are not widened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from passes import _jax
+from passes.graph import read
+from passes.linearise import Linear, hoisted
+
+_DTYPES = ("new_dtype", "preferred_element_type", "dtype")
+
+
+def widened(linear: Linear) -> Linear | None:
+    """A derivative whose `bwd` takes, makes and gives float32 for narrower types.
+
+    Args:
+      linear: the derivative of a stage.
+
+    Returns:
+      The same `fwd` with a `bwd` whose inputs and results of less than 32 bits are
+      float32; `linear` itself where there is nothing to widen, None where it cannot be.
+    """
+    bwd = linear.bwd
+    atoms = [*bwd.invars, *(v for e in bwd.eqns for v in (*e.invars, *e.outvars))]
+    if not any(is_narrow(v.aval) for v in atoms):
+        return linear
+    consts = {v: _wide(x) for v, x in linear.consts.items()}
+
+    def backward(*args: Any) -> list[Any]:
+        env = consts | dict(zip(bwd.invars, args, strict=True))
+        for eqn in bwd.eqns:
+            values = [_wide(read(env, v)) for v in eqn.invars]
+            made = _jax.bind(_wide_eqn(eqn), values)
+            for v, x in zip(eqn.outvars, made, strict=True):
+                if x.shape != v.aval.shape or is_narrow(x):
+                    raise TypeError(f"{eqn.primitive} gives {x.dtype}{x.shape}")
+                env[v] = x
+        return [_wide(read(env, v)) for v in bwd.outvars]
+
+    avals = [
+        v.aval.update(dtype=jnp.dtype(np.float32)) if is_narrow(v.aval) else v.aval
+        for v in bwd.invars
+    ]
+    try:
+        wide, more = hoisted(jax.make_jaxpr(backward)(*avals))
+    except (NotImplementedError, TypeError, ValueError):
+        return None
+    both = linear.consts | more
+    return dataclasses.replace(linear, bwd=wide, consts=both, waits={})
+
+
+def is_narrow(x: Any) -> bool:
+    """Whether an array or type is of floating numbers with less than 32 bits."""
+    dtype = getattr(x, "dtype", None)
+    real = dtype is not None and jnp.issubdtype(dtype, np.floating)
+    return real and jnp.finfo(dtype).bits < 32
+
+
+def _wide(x: Any) -> Any:
+    return jnp.asarray(x, np.float32) if is_narrow(x) else x
+
+
+def _wide_eqn(eqn: Any) -> Any:
+    ends = (*eqn.invars, *eqn.outvars)
+    if not any(is_narrow(v.aval) for v in ends):
+        return eqn
+    params = dict(eqn.params)
+    for key in _DTYPES:
+        dtype = params.get(key)
+        if dtype is not None and is_narrow(jax.ShapeDtypeStruct((), dtype)):
+            params[key] = jnp.dtype(np.float32)
+    return eqn.replace(params=params)

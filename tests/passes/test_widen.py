@@ -1,0 +1,69 @@
+"""A widened backward is the same linear map, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from passes.graph import astype, evaluate
+from passes.inline import inline
+from passes.linearise import linearise
+from passes.widen import is_narrow, widened
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def stage(h, w):
+    y = jnp.dot(h, w, preferred_element_type=jnp.float32).astype(h.dtype)
+    return jax.nn.leaky_relu(y + jnp.arange(-1, 2).astype(h.dtype), 0.3)[:, ::-1] * 2
+
+
+def arrays(dtype):
+    draw = np.random.default_rng(0)
+    made = draw.standard_normal((4, 5)), draw.standard_normal((5, 3))
+    return [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in made]
+
+
+def linear_of(fun, *args):
+    return linearise(inline(jax.make_jaxpr(fun)(*args)), (True,) * len(args))
+
+
+def pulled(linear, args, ct):
+    env = {**linear.consts, **dict(zip(linear.fwd.invars, args, strict=True))}
+    found = evaluate(linear.fwd, env, linear.residuals)
+    pairs = zip(linear.residual_inputs, found, strict=True)
+    back = {**linear.consts, **{v: astype(x, v) for v, x in pairs}}
+    (ct_var,) = linear.ct_inputs
+    return evaluate(linear.bwd, {**back, ct_var: ct}, linear.bwd.outvars)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_same_map_in_float32(dtype):
+    linear = linear_of(stage, *arrays(dtype))
+    wide = widened(linear)
+    assert wide is not None
+    assert wide.fwd is linear.fwd
+    ends = [v for e in wide.bwd.eqns for v in (*e.invars, *e.outvars)]
+    assert not any(is_narrow(v.aval) for v in (*wide.bwd.invars, *ends))
+    ct = jnp.asarray(np.random.default_rng(1).standard_normal((4, 3)), jnp.float32)
+    found = pulled(wide, arrays(dtype), ct)
+    _, pull = jax.vjp(lambda h, w: stage(h, w), *arrays(jnp.float32))
+    # 0.3 is rounded as in the stage.
+    for one, true in zip(found, pull(ct), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, true, rtol=2e-3, atol=2e-3)
+    narrow = pulled(linear, arrays(dtype), ct.astype(dtype))
+    assert all(x.dtype == dtype for x in narrow)
+
+
+def test_nothing_to_widen():
+    linear = linear_of(stage, *arrays(jnp.float32))
+    assert widened(linear) is linear
+
+
+def test_programs_inside_are_not_widened():
+    def fun(h, w):
+        return lax.cond(h[0, 0] > 0, lambda: h @ w, lambda: -h @ w)
+
+    assert widened(linear_of(fun, *arrays(jnp.bfloat16))) is None
