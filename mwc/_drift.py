@@ -114,6 +114,7 @@ def raise_if_tripped(drift: Drift, spec: Any) -> None:
         f"the limit, first of all at stage {int(drift.stage)}, {row.name}",
         expected="weights that are what they were declared to be",
         remedy="bring them back with mwc.constraints.retract, build them with "
-        "mwc.constraints.orthogonal, or leave 'moonwalk' out of strategies",
+        "mwc.constraints.orthogonal, or leave 'moonwalk' out of strategies; a "
+        "tolerance of your own below 6e-3 needs float32 products on a GPU",
         source=row.source,
     )

@@ -170,8 +170,8 @@ def _eps(one: Rebuilt) -> float:
     eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
     path = [one.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
     found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
-    kept = (e.params.get("mantissa_bits") for e in eqns)
-    return max(*found, *(2.0**-bits for bits in kept if bits is not None))
+    kept = [e.params.get("mantissa_bits") for e in eqns]
+    return max(found + [2.0**-bits for bits in kept if bits is not None])
 
 
 def rebuilt_loop(
