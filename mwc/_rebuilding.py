@@ -18,8 +18,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mwc.guard import SKETCH_BYTES, planned_tolerance
 from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
@@ -161,17 +159,8 @@ def growth(run: Sequence[Rebuilt]) -> float:
 
     Every cotangent on the way counts: a product of bfloat16 rounds a float32 one.
     """
-    eps = max(_eps(one) for one in run)
+    eps = max(one.eps for one in run)
     return _ROUNDING * eps * run_error([one.found.amplification or 1.0 for one in run])
-
-
-def _eps(one: Rebuilt) -> float:
-    """The coarsest rounding on the way through a stage's backward."""
-    eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
-    path = [one.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
-    found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
-    kept = [e.params.get("mantissa_bits") for e in eqns]
-    return max(found + [2.0**-bits for bits in kept if bits is not None])
 
 
 def rebuilt_loop(

@@ -12,6 +12,8 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from passes.sizes import is_symbolic
 
@@ -43,4 +45,12 @@ def unpack(bits: Array, like: Any) -> Array:
     if not is_packed(like):
         return bits
     axis = axis_of(like.shape)
-    return jnp.unpackbits(bits, axis=axis, count=like.shape[axis]).astype(bool)
+    assert axis is not None
+    # Not `jnp.unpackbits`: its table would be one array that all stages read, and XLA
+    # looks at all pairs of readers of one array.
+    bits = jnp.expand_dims(bits, axis + 1)
+    shape = [8 if n == axis + 1 else 1 for n in range(bits.ndim)]
+    places = np.arange(7, -1, -1, dtype=np.uint8).reshape(shape)
+    ones = lax.shift_right_logical(*jnp.broadcast_arrays(bits, places)) & 1
+    flat = lax.collapse(ones, axis, axis + 2)
+    return lax.slice_in_dim(flat, 0, like.shape[axis], axis=axis).astype(bool)

@@ -23,6 +23,7 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
+from mwc.nodes.polish import polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
@@ -167,7 +168,12 @@ class _Rebuilding(Sweeps):
                 fresh = (i % loop.every == 0) & (i > 0)
                 h = jnp.where(fresh, stacks.take(stops[0], at), h)
             values, kept = self.inputs(i, carry), self._bits(bits, i)
-            known = one.push(values, kept, h, [stacks.take(t, i) for t in ties])
+            weights = {
+                of.var: polished([one.weight(of, values, kept)], of)[0]
+                for of in one.claims
+            }
+            lost = [stacks.take(t, i) for t in ties]
+            known = one.push(values, kept, h, lost, weights)
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h

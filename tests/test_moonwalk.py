@@ -333,60 +333,6 @@ def test_complex_weights(x64, loop):
     compare(loss, ws if loop else [*ws], batch, least=1 if loop else 6)
 
 
-def assert_no_worse(loss, best, args):
-    """Against `best` in float64: at most twice the error of backpropagation.
-
-    Entries cannot be compared: JAX itself rounds differently in eager mode and in jit.
-    """
-    ours = moonwalk_compile(loss, strategies=FORCED)
-    _, mine, drift = ours.value_and_grad(*args, with_drift=True)
-    assert 0 < drift.worst < 0.5
-    theirs = jax.jit(jax.grad(loss))(*args)
-    wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), args)
-    with jax.enable_x64(True):
-        true = jax.tree.map(np.asarray, jax.jit(jax.grad(best))(*wide))
-    for one, other, exact in zip(
-        *map(jax.tree.leaves, (mine, theirs, true)), strict=True
-    ):
-        assert one.dtype == other.dtype
-        errors = [
-            np.linalg.norm(np.asarray(x, np.float64) - exact) for x in (one, other)
-        ]
-        assert errors[0] <= 2 * errors[1] < np.linalg.norm(exact)
-    return rows(ours.plan(*args))
-
-
-@pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_states(dtype, loop):
-    """Cotangents are float32."""
-    loss = (over_layers if loop else chain)("leaky 0.9")
-    params = weights(16, 16) if loop else layers(16, 16)
-    args = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, data(64, 16)))
-    assert assert_no_worse(loss, loss, args) == (1 if loop else 16)
-
-
-def test_narrow_products():
-    """The state is float32, a product of bfloat16 in between."""
-
-    def loss(params, batch):
-        x, y = batch
-        for w, b in params:
-            h = layer(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-            x = KINKS["leaky 0.9"](h.astype(jnp.float32) + b)
-        return mean_square(x, y)
-
-    args = jax.tree.map(np.float32, (layers(16, 16), data(64, 16)))
-    assert assert_no_worse(loss, chain("leaky 0.9"), args) == 16
-
-
-def test_narrow_states_that_tie():
-    """Entries of bfloat16 tie often, and what ties is not rebuilt."""
-    args = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (layers(8), data()))
-    plan = moonwalk_compile(chain("max-min"), strategies=FORCED).plan(*args)
-    assert rows(plan) == 0
-
-
 def test_nothing_is_assumed_of_a_weight():
     def loss(params, batch):
         x, y = batch

@@ -29,11 +29,14 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import barrier, tie
+from mwc.nodes.polish import Claim, polished, together
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
-from passes.graph import Graph, Var, astype, is_var
+from passes.graph import Graph, Var, astype, is_var, nbytes
 
 Array = Any
+
+_POLISHED = 0.4  # of a state: weights that are polished at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +194,27 @@ class Moonwalk(Whole):
         given.update(zip(one.sources, held[len(bits) :], strict=True))
         return h, held[: len(bits)], given
 
+    def _polish(
+        self,
+        group: Sequence[tuple[int, Claim]],
+        h: Array,
+        bits: Sequence[Sequence[Array]],
+        values: Values,
+        weights: dict[int, Values],
+    ) -> Array:
+        """Adds to `weights`, by stage, those of a group; returns the cotangent.
+
+        Without it the compiler would polish all groups first, and keep them.
+        """
+        if not group:
+            return h
+        plain = [self.stages[i].weight(one, values, bits[i]) for i, one in group]
+        h, *plain = barrier([h, *plain])
+        made = polished(plain, group[0][1])
+        for (i, one), weight in zip(group, made, strict=True):
+            weights.setdefault(i, {})[one.var] = weight
+        return h
+
     def _back(
         self,
         values: Values,
@@ -225,11 +249,17 @@ class Moonwalk(Whole):
         stages = self.stages[: len(bits)]
         again: list[Array] = []
         found: Values = {}
+        most = int(_POLISHED * nbytes(stages[0].state))
+        groups = together([one.claims for one in stages], most)
+        weights: dict[int, Values] = {}
         for i, one in enumerate(stages):
             h, here, given = self._due(i, h, bits[i], values)
-            known = one.push(given, here, h, ties[i])
+            h = self._polish(groups.get(i, []), h, bits, values, weights)
+            known = one.push(given, here, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
-            h, given[one.state] = barrier([known[one.last], values[one.state]])
+            take, (h, given[one.state]) = take.with_(
+                [known[one.last], values[one.state]]
+            )
             known[one.last] = h
             mark = take(h)
             grads = _added(found, one.gradients(given, here, known, wanted))

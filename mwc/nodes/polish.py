@@ -10,17 +10,17 @@ claim alone. What the steps cannot mend is seen by the guard.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mwc._tie import barrier
-from mwc.stages import Values
 from passes.flops import eqn_flops
-from passes.graph import is_var
+from passes.graph import Var, is_var, nbytes
 from passes.inverses import Inverse, Rule, Verdict
 
 Array = Any
@@ -29,63 +29,101 @@ _STEPS, _ROWS = 3, 16
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
-def polished(inverse: Inverse, env: Values, h: Array) -> tuple[Values, Array]:
-    """The residuals with a declared weight replaced by c times its right inverse.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A weight that is claimed to be coisometric, and may be so no longer.
+
+    Attributes:
+      var: the weight M among the residuals, [n, k] with `axis` 1, or transposed with 0.
+      axis: that of k.
+      scale: c in M^T M = c I.
+    """
+
+    var: Var
+    axis: int
+    scale: float
+
+    def alike(self, other: Claim) -> bool:
+        """Whether both can be polished at once."""
+        a, b = self.var.aval, other.var.aval
+        same = (a.shape, a.dtype) == (b.shape, b.dtype)
+        return same and (self.axis, self.scale) == (other.axis, other.scale)
+
+
+def claim(inverse: Inverse, residuals: Collection[Var]) -> Claim | None:
+    """The weight on whose claim a link is inverted; None where there is none to polish.
 
     Args:
       inverse: of the link.
-      env: the residuals that the link reads.
-      h: the cotangent that the link waits for; without it the compiler would make the
-        inverses of all stages first, and keep them.
+      residuals: what the backward reads of the stage.
     """
     claimed = inverse.rule is Rule.TRANSPOSE and inverse.verdict is Verdict.GENERIC
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if not claimed or len(products) != 1:
-        return env, h
+        return None
     (eqn,) = products
-    weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in env]
+    weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in residuals]
     if eqn.primitive.name != "dot_general" or len(weights) != 1:
-        return env, h
+        return None
     ((side, v),) = weights
     contract, batch = eqn.params["dimension_numbers"]
-    weight = env[v]
-    real = jnp.issubdtype(weight.dtype, jnp.floating)
-    if weight.ndim != 2 or len(contract[side]) != 1 or batch[side] or not real:
-        return env, h
-    weight, h = barrier([weight, h])
-    return env | {v: _newton(weight, contract[side][0], inverse.scale)}, h
+    real = jnp.issubdtype(v.aval.dtype, jnp.floating)
+    if v.aval.ndim != 2 or len(contract[side]) != 1 or batch[side] or not real:
+        return None
+    return Claim(v, contract[side][0], inverse.scale)
 
 
-def _newton(weight: Array, axis: int, scale: float) -> Array:
-    """C times a right inverse, of the weight's shape and dtype.
-
-    There is a loop of these in every stage, so few operations: they are compiled as
-    often.
+def together(
+    claims: Sequence[tuple[Claim, ...]], most: int
+) -> dict[int, list[tuple[int, Claim]]]:
+    """Claims of stages in a row that are polished at once.
 
     Args:
-      weight: M, [n, k] with `axis` 1; its transpose with 0.
-      axis: that of k.
-      scale: c.
+      claims: of each stage.
+      most: bytes of the weights of one group.
+
+    Returns:
+      By the first stage of each group, stages and claims of it.
     """
-    m = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    groups: list[list[tuple[int, Claim]]] = []
+    for pair in ((i, one) for i, found in enumerate(claims) for one in found):
+        last = groups[-1] if groups else []
+        fits = (len(last) + 1) * nbytes(pair[1].var) <= most
+        if last and fits and pair[1].alike(last[0][1]):
+            last.append(pair)
+        else:
+            groups.append([pair])
+    return {group[0][0]: group for group in groups}
+
+
+def polished(weights: Sequence[Array], of: Claim) -> list[Array]:
+    """C times right inverses of weights alike, of their shape and dtype.
+
+    There is a loop of these in the code of every sweep, so few operations, and several
+    weights at once: they are compiled as often.
+    """
+    stacked = jnp.stack(weights)
+    m = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
+    axis, scale = of.axis + 1, of.scale
     # The eps of the weight itself: a rounded weight is not exact.
     limit = _EXACT * float(jnp.finfo(m.dtype).eps)
-    shape = _ROWS, m.shape[axis]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape)
-    rows = jnp.asarray(signs, m.dtype)
+    shape = len(weights), _ROWS, m.shape[axis]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
+    rows = jnp.broadcast_to(jnp.asarray(signs, m.dtype), shape)
     product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
 
     def dot(a: Array, i: int, b: Array, j: int) -> Array:
-        return product(a, b, (((i,), (j,)), ((), ())))
+        return product(a, b, (((i,), (j,)), ((0,), (0,))))
 
     def step(_: Array, r: Array) -> Array:
-        gram = dot(m, 1 - axis, r, 1 - axis)  # M^T R, whatever the layout
-        return 2 * r - (dot(r, 1, gram, 0) if axis else dot(gram, 0, r, 0))
+        gram = dot(m, 3 - axis, r, 3 - axis)  # M^T R, whatever the layout
+        return 2 * r - (dot(r, 2, gram, 1) if axis == 2 else dot(gram, 1, r, 1))
 
     r = m if scale == 1 else m / scale
-    gap = dot(dot(rows, 1, m, axis), 1, r, 1 - axis) - rows
-    error = jnp.sum(gap**2)
+    gap = dot(dot(rows, 2, m, axis), 2, r, 3 - axis) - rows
+    error = jnp.sum(gap**2, (1, 2))
     # NaN and far errors are not mended: the guard trips.
-    off = (error > limit**2 * rows.size) & (error < 0.25 * rows.size)
-    r = lax.fori_loop(0, jnp.where(off, _STEPS, 0), step, r)
-    return (r if scale == 1 else r * scale).astype(weight.dtype)
+    off = (error > limit**2 * _ROWS * shape[2]) & (error < 0.25 * _ROWS * shape[2])
+    r = lax.fori_loop(0, jnp.where(jnp.any(off), _STEPS, 0), step, r)
+    made = (r if scale == 1 else r * scale).astype(stacked.dtype)
+    return [made[i] for i in range(len(weights))]

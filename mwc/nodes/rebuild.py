@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mwc.nodes.polish import polished
+from mwc.nodes.polish import Claim, claim
 from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
 from passes import _jax
 from passes.depend import reached
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, astype, evaluate, read
+from passes.linearise import is_inexact
 from passes.submersion import Inverse, Rule, Submersion
 
 Array = Any
@@ -77,11 +78,12 @@ class Rebuilt:
         bits: Sequence[Array],
         h_in: Array,
         kept: Sequence[Array] = (),
+        weights: Values | None = None,
     ) -> Values:
         """The cotangents between its links, from h_in to h_out.
 
         They are named as in the stage's derivative; h_out is `last`. `kept` is what
-        `pull` kept of ties.
+        `pull` kept of ties, `weights` what was made of those of `claims`.
         """
         lost = list(kept)
         bwd = self.stage.linear.bwd
@@ -89,7 +91,7 @@ class Rebuilt:
         need: set[Var] = set()
         for link in links:
             need |= bwd.inputs_of([link.target], [link.source]) - {link.source}
-        env = self.stage.residuals(values, bits, False, need)
+        env = self.stage.residuals(values, bits, False, need) | (weights or {})
         known = {self._target: h_in}
         for inverse in reversed(self.found.inverses):
             link = inverse.link
@@ -98,6 +100,17 @@ class Rebuilt:
                 h, lost = mended(h, lost[-2:]), lost[:-2]
             known[link.source] = h
         return known
+
+    @functools.cached_property
+    def claims(self) -> tuple[Claim, ...]:
+        """Weights that are polished before `push` reads them."""
+        read = {*self.stage.linear.residual_inputs}
+        found = (claim(inverse, read) for inverse in self.found.inverses)
+        return tuple(one for one in found if one is not None)
+
+    def weight(self, of: Claim, values: Values, bits: Sequence[Array]) -> Array:
+        """That of a claim, as it is."""
+        return self.stage.residuals(values, bits, False, [of.var])[of.var]
 
     @functools.cached_property
     def sources(self) -> tuple[Var, ...]:
@@ -112,6 +125,15 @@ class Rebuilt:
         ]
         need = graph.inputs_of(dear)
         return tuple(v for v in graph.invars if v in need)
+
+    @functools.cached_property
+    def eps(self) -> float:
+        """The coarsest relative rounding on the way through its backward."""
+        eqns = [e for inverse in self.found.inverses for e in inverse.link.eqns]
+        path = [self.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
+        found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
+        kept = [e.params.get("mantissa_bits") for e in eqns]
+        return max(found + [2.0**-bits for bits in kept if bits is not None])
 
     @property
     def last(self) -> Var:
@@ -162,7 +184,6 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
 
     zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
     if inverse.rule is Rule.TRANSPOSE:
-        env, h = polished(inverse, env, h)
         _, push = jax.vjp(pull, zeros)
         # The adjoint: JAX's transpose of a complex map does not conjugate.
         found = jnp.conj(push(jnp.conj(h))[0])
