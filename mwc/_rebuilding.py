@@ -66,8 +66,11 @@ class Judge:
         given = {f: self._known[v] for v, f in names.items() if v in self._known}
         key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
         if key not in self._found:
-            wide = widened(linear) or linear
-            found = submersion(wide, names[state], given)
+            wide, found = linear, submersion(linear, names[state], given)
+            if found.can_rebuild:
+                wide = widened(linear) or linear
+            if wide is not linear:
+                found = submersion(wide, names[state], given)
             bits = self._bits(graph, wide, names) if found.can_rebuild else ()
             self._found[key] = wide, found, bits
         wide, found, bits = self._found[key]

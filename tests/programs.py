@@ -98,10 +98,20 @@ def funnel(act, widths, batch=BATCH, layer=rotate):
     def loss(params, x):
         for w, b in params:
             x = act(layer(x, w) + b)
-        return jnp.mean(x**2)
+        return jnp.mean(x**2, dtype=jnp.promote_types(x.dtype, jnp.float32))
 
     params = [(spec(m, n), spec(n)) for m, n in itertools.pairwise(widths)]
     return Program(loss, params, spec(batch, widths[0]))
+
+
+def halved(program):
+    """The same with parameters and data in bfloat16."""
+
+    def half(s):
+        return spec(*s.shape, dtype=jnp.bfloat16)
+
+    params, batch = jax.tree.map(half, (program.params, program.batch))
+    return dataclasses.replace(program, params=params, batch=batch)
 
 
 def scanned(act=relu, depth=64, width=WIDTH, batch=BATCH, product=product):
@@ -262,6 +272,7 @@ _FUNNEL = [round(w / 8) * 8 for w in np.linspace(1024, 256, 49).tolist()]
 SUBMERSIVE: dict[str, Callable[[], Program]] = {
     "abs-64": functools.partial(dense, jnp.abs, 64, layer=rotate),
     "abs-256": functools.partial(dense, jnp.abs, 256, layer=rotate),
+    "abs-64-bfloat16": lambda: halved(dense(jnp.abs, 64, layer=rotate)),
     "leaky9-64": functools.partial(dense, leaky9, 64, layer=rotate),
     "maxmin-64-orthogonal": functools.partial(dense, maxmin, 64, layer=rotate),
     "funnel-48": functools.partial(funnel, jnp.abs, _FUNNEL),

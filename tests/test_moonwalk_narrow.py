@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mwc import moonwalk_compile
+from mwc.constraints import orthogonal
 from tests.submersive import (
     KINKS,
     chain,
@@ -59,6 +60,25 @@ def test_narrow_states(dtype, loop):
     params = weights(16, 16) if loop else layers(16, 16)
     args = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, data(64, 16)))
     assert assert_no_worse(loss, loss, args) == (1 if loop else 16)
+
+
+def test_weights_that_are_rounded_after_they_were_made():
+    """Orthogonal by construction, but not in bfloat16."""
+
+    def loss(params, batch):
+        x, y = batch
+        x = x.astype(jnp.bfloat16)
+        for w, b in params:
+            rounded = orthogonal(w).astype(jnp.bfloat16)
+            x = KINKS["leaky 0.9"](x @ rounded + b.astype(jnp.bfloat16))
+        return mean_square(x.astype(y.dtype), y)
+
+    args = jax.tree.map(np.float32, (layers(24, 8), data(32, 8)))
+    ours = moonwalk_compile(loss, strategies=FORCED)
+    assert rows(ours.plan(*args)) >= 23
+    _, _, drift = ours.value_and_grad(*args, with_drift=True)
+    assert drift.worst < 1e-3
+    assert_no_worse(loss, chain("leaky 0.9", "orthogonal"), args)
 
 
 def test_narrow_products():

@@ -104,7 +104,8 @@ class Rebuilt:
     @functools.cached_property
     def claims(self) -> tuple[Claim, ...]:
         """Weights that are polished before `push` reads them."""
-        read = {*self.stage.linear.residual_inputs}
+        linear = self.stage.linear
+        read = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
         found = (claim(inverse, read) for inverse in self.found.inverses)
         return tuple(one for one in found if one is not None)
 
