@@ -42,7 +42,7 @@ def barrier(values: Sequence[Array]) -> list[Array]:
             groups.setdefault(_jax.varying(x), []).append(i)
     for at in groups.values():
         # Twice where it is long: the first time the token has not seen the later ones.
-        for _ in range(1 if len(at) <= _MOST else 2):
+        for _ in range(1 if len(at) <= _MOST + 1 else 2):
             for n in range(1, max(2, len(at)), _MOST):
                 some = [at[0], *at[n : n + _MOST]]
                 held = lax.optimization_barrier([values[i] for i in some])

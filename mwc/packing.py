@@ -51,6 +51,6 @@ def unpack(bits: Array, like: Any) -> Array:
     bits = jnp.expand_dims(bits, axis + 1)
     shape = [8 if n == axis + 1 else 1 for n in range(bits.ndim)]
     places = np.arange(7, -1, -1, dtype=np.uint8).reshape(shape)
-    ones = lax.shift_right_logical(*jnp.broadcast_arrays(bits, places)) & 1
+    ones = jnp.right_shift(bits, places) & 1
     flat = lax.collapse(ones, axis, axis + 2)
     return lax.slice_in_dim(flat, 0, like.shape[axis], axis=axis).astype(bool)

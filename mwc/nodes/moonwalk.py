@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import barrier, tie
-from mwc.nodes.polish import Claim, polished, together
+from mwc.nodes.polish import Group, polished, together
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, astype, is_var, nbytes
@@ -196,7 +196,7 @@ class Moonwalk(Whole):
 
     def _polish(
         self,
-        group: Sequence[tuple[int, Claim]],
+        group: Group,
         h: Array,
         bits: Sequence[Sequence[Array]],
         values: Values,
@@ -206,8 +206,9 @@ class Moonwalk(Whole):
 
         Without it the compiler would polish all groups first, and keep them.
         """
-        if not group:
-            return h
+        sources = [*dict.fromkeys(v for i, _ in group for v in self.stages[i].sources)]
+        h, *held = barrier([h, *(values[v] for v in sources)])
+        values = values | dict(zip(sources, held, strict=True))
         plain = [self.stages[i].weight(one, values, bits[i]) for i, one in group]
         h, *plain = barrier([h, *plain])
         made = polished(plain, group[0][1])
@@ -254,7 +255,8 @@ class Moonwalk(Whole):
         weights: dict[int, Values] = {}
         for i, one in enumerate(stages):
             h, here, given = self._due(i, h, bits[i], values)
-            h = self._polish(groups.get(i, []), h, bits, values, weights)
+            for group in groups.get(i, []):
+                h = self._polish(group, h, bits, values, weights)
             known = one.push(given, here, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
             take, (h, given[one.state]) = take.with_(

@@ -51,6 +51,9 @@ class Claim:
         return same and (self.axis, self.scale) == (other.axis, other.scale)
 
 
+Group = list[tuple[int, Claim]]
+
+
 def claim(inverse: Inverse, residuals: Mapping[Var, Any]) -> Claim | None:
     """The weight on whose claim a link is inverted; None where there is none to polish.
 
@@ -77,9 +80,7 @@ def claim(inverse: Inverse, residuals: Mapping[Var, Any]) -> Claim | None:
     return Claim(v, contract[side][0], inverse.scale)
 
 
-def together(
-    claims: Sequence[tuple[Claim, ...]], most: int
-) -> dict[int, list[tuple[int, Claim]]]:
+def together(claims: Sequence[tuple[Claim, ...]], most: int) -> dict[int, list[Group]]:
     """Claims of stages in a row that are polished at once.
 
     Args:
@@ -87,9 +88,9 @@ def together(
       most: bytes of the weights of one group.
 
     Returns:
-      By the first stage of each group, stages and claims of it.
+      By its first stage, each group: pairs of a stage and a claim of it.
     """
-    groups: list[list[tuple[int, Claim]]] = []
+    groups: list[Group] = []
     for pair in ((i, one) for i, found in enumerate(claims) for one in found):
         last = groups[-1] if groups else []
         fits = (len(last) + 1) * nbytes(pair[1].var) <= most
@@ -97,7 +98,10 @@ def together(
             last.append(pair)
         else:
             groups.append([pair])
-    return {group[0][0]: group for group in groups}
+    found: dict[int, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group[0][0], []).append(group)
+    return found
 
 
 def polished(weights: Sequence[Array], of: Claim) -> list[Array]:

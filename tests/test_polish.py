@@ -1,0 +1,55 @@
+"""Polish: weights that have moved a little get right inverses, others stay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mwc.nodes.polish import Claim, polished, together
+from tests.submersive import isometry
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def a_claim(*shape, axis=1, scale=1.0):
+    (var,) = jax.make_jaxpr(lambda w: w)(jnp.zeros(shape, jnp.float32)).jaxpr.invars
+    return Claim(var, axis, scale)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_newton_steps(axis, scale):
+    n, k = 12, 7
+    noise = np.random.default_rng(0).standard_normal((3, n, k))
+    size = np.array([0, 1e-4, 1e-2])[:, None, None]
+    moved = np.sqrt(scale) * (np.stack([isometry(n, k)] * 3) + size * noise)
+    given = jnp.asarray(moved if axis else np.swapaxes(moved, 1, 2), jnp.float32)
+    shape = (n, k) if axis else (k, n)
+    made = jax.jit(
+        lambda ws: polished(list(ws), a_claim(*shape, axis=axis, scale=scale))
+    )
+    for weight, found in zip(moved, made(given), strict=True):
+        right = np.asarray(found if axis else found.T, np.float64) / scale
+        np.testing.assert_allclose(weight.T @ right, np.eye(k), atol=3e-6)
+
+
+def test_exact_weights_stay():
+    weights = [jnp.asarray(isometry(9, 9), jnp.float32) for _ in range(2)]
+    for one, found in zip(weights, polished(weights, a_claim(9, 9)), strict=True):
+        np.testing.assert_array_equal(one, found)
+
+
+def test_what_is_far_off_is_left_to_the_guard():
+    weights = [jnp.zeros((5, 4)), jnp.full((5, 4), jnp.nan), 3 * jnp.ones((5, 4))]
+    for one, found in zip(weights, polished(weights, a_claim(5, 4)), strict=True):
+        np.testing.assert_array_equal(one, found)
+
+
+def test_groups_have_every_claim():
+    square, tall = a_claim(4, 4), a_claim(6, 4)
+    claims = [(square, tall), (square,), (square,), (), (a_claim(4, 4, scale=2.0),)]
+    groups = together(claims, most=2 * 4 * 16)
+    found = [pair for some in groups.values() for group in some for pair in group]
+    assert found == [(i, one) for i, some in enumerate(claims) for one in some]
+    assert [len(g) for some in groups.values() for g in some] == [1, 1, 2, 1]
+    assert all(some[0][0][0] == first for first, some in groups.items())
