@@ -21,9 +21,6 @@ from passes.sizes import has_elements
 
 Array = Any
 
-# Values of one barrier: XLA looks at all pairs of readers of what one operation makes.
-_MOST = 16
-
 
 def _is_key(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -41,13 +38,9 @@ def barrier(values: Sequence[Array]) -> list[Array]:
         if not _is_key(x):
             groups.setdefault(_jax.varying(x), []).append(i)
     for at in groups.values():
-        # Twice where it is long: the first time the token has not seen the later ones.
-        for _ in range(1 if len(at) <= _MOST + 1 else 2):
-            for n in range(1, max(2, len(at)), _MOST):
-                some = [at[0], *at[n : n + _MOST]]
-                held = lax.optimization_barrier([values[i] for i in some])
-                for i, x in zip(some, held, strict=True):
-                    values[i] = x
+        held = lax.optimization_barrier([values[i] for i in at])
+        for i, x in zip(at, held, strict=True):
+            values[i] = x
     return values
 
 

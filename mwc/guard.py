@@ -34,7 +34,6 @@ from mwc._tie import barrier
 Array = Any
 
 _BUCKETS, _SUMS = 16, 256
-_READERS = 8  # XLA looks at all pairs of readers of one array: give it few
 SKETCH_BYTES = 4 * _SUMS
 
 
@@ -49,13 +48,6 @@ class Sketcher:
 
     signs: dict[tuple[int, int], Array]
     weights: Array | None
-
-    def with_(self, values: Sequence[Array]) -> tuple[Sketcher, list[Array]]:
-        """A sketcher of its own, available with these values; see `_READERS`."""
-        more = [] if self.weights is None else [self.weights]
-        held = barrier([*self.signs.values(), *more, *values])
-        signs = {shape: held.pop(0) for shape in self.signs}
-        return Sketcher(signs, held.pop(0) if more else None), held
 
     def __call__(self, h: Array) -> Array:
         """The sketch, [buckets, groups], in float32 or float64."""
@@ -141,12 +133,7 @@ def fine(readings: Array, limit: Array | float) -> Array:
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
     """The gradients, or NaN in their place: the compiler selects in place."""
-    found = []
-    for n, grad in enumerate(grads):
-        if n % _READERS == 0:
-            (passes,) = barrier([passes])
-        found.append(jnp.where(passes, grad, jnp.nan))
-    return found
+    return [jnp.where(passes, g, jnp.nan) for g in grads]
 
 
 # The error that rebuilding may add, by dtype; DESIGN section 9.

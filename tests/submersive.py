@@ -126,6 +126,7 @@ def tripled(h, w, b):
 # Chains
 
 DEPTH, WIDTH, BATCH = 16, 6, 4
+FORCED = ("moonwalk", "stored")
 
 KINKS = {
     "abs": jnp.abs,
@@ -185,3 +186,8 @@ def over_layers(kink="abs", reverse=False):
         return mean_square(lax.scan(step, x, params, reverse=reverse)[0], y)
 
     return loss
+
+
+def rows(plan):
+    """How many stages are rebuilt."""
+    return sum(stage.strategy == "moonwalk" for stage in plan.stages)

@@ -13,11 +13,18 @@ from hypothesis import strategies as st
 
 import mwc
 from mwc import guard, moonwalk_compile
-from tests.submersive import KINKS, chain, isometry, layer, mean_square, over_layers
+from tests.submersive import (
+    FORCED,
+    KINKS,
+    chain,
+    isometry,
+    layer,
+    mean_square,
+    over_layers,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-FORCED = ("moonwalk", "stored")
 DEPTH, WIDTH, BATCH = 6, 8, 12
 # Of float32: the tolerance.
 LIMIT = 1e-5

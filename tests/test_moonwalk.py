@@ -17,6 +17,7 @@ from mwc.constraints import orthogonal
 from tests.submersive import (
     BATCH,
     DEPTH,
+    FORCED,
     KINKS,
     LAYERS,
     WIDTH,
@@ -29,16 +30,11 @@ from tests.submersive import (
     mean_square,
     numbers,
     over_layers,
+    rows,
     weights,
 )
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-FORCED = ("moonwalk", "stored")
-
-
-def rows(plan):
-    return sum(stage.strategy == "moonwalk" for stage in plan.stages)
 
 
 def assert_same(mine, true, rtol=1e-9):

@@ -10,11 +10,10 @@ from jax import lax
 
 import mwc
 from mwc import moonwalk_compile
-from tests.submersive import isometry
+from tests.submersive import FORCED, isometry
 
 pytestmark = pytest.mark.usefixtures("x64", "quick")
 
-FORCED = ("moonwalk", "stored")
 WIDTH, BATCH, DEPTH = 6, 8, 5
 rotate = mwc.coisometric(lambda h, w: h @ w)
 
@@ -150,6 +149,24 @@ def test_a_loop_inside_a_declared_map():
         return jnp.mean(turned(jnp.abs(turned(jnp.abs(h), stacked)), stacked) ** 3)
 
     check(loss, *arguments())
+
+
+@pytest.mark.parametrize(
+    ("preset", "found"),
+    [("F32_F32_F32", DEPTH), ("BF16_BF16_F32_X3", DEPTH), ("BF16_BF16_F32", 0)],
+)
+def test_products_by_a_narrower_algorithm_are_not_rebuilt(preset, found):
+    """Their types are float32 throughout."""
+    precision = lax.DotAlgorithmPreset[preset]
+    exact = mwc.coisometric(lambda h, w: jnp.dot(h, w, precision=precision))
+
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.abs(exact(x, w))
+        return jnp.mean(x**3)
+
+    narrow = jax.tree.map(lambda x: x.astype(np.float32), arguments())
+    assert counts(loss, *narrow, strategies=FORCED)["moonwalk"] == found
 
 
 def scanned(slope):

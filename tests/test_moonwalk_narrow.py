@@ -10,6 +10,7 @@ import pytest
 from mwc import moonwalk_compile
 from mwc.constraints import orthogonal
 from tests.submersive import (
+    FORCED,
     KINKS,
     chain,
     data,
@@ -17,16 +18,11 @@ from tests.submersive import (
     layers,
     mean_square,
     over_layers,
+    rows,
     weights,
 )
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-FORCED = ("moonwalk", "stored")
-
-
-def rows(plan):
-    return sum(stage.strategy == "moonwalk" for stage in plan.stages)
 
 
 def assert_no_worse(loss, best, args):

@@ -9,27 +9,46 @@ import pytest
 from jax import lax
 
 import mwc
-from mwc import guard, moonwalk_compile
-from tests.submersive import isometry
+from mwc import moonwalk_compile
+from tests.submersive import FORCED, isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-FORCED = ("moonwalk", "stored")
+
+TF32 = "6.000000e-03"
 
 
-def test_products_that_a_gpu_rounds_do_not_trip():
-    """In TF32 rounding alone reads 4e-4 of each layer; the limit there knows it."""
+def limited(loss, params, batch, platform):
+    """The program of a gradient, with the limit of its guard."""
+    grad = jax.jit(jax.grad(moonwalk_compile(loss, strategies=FORCED)))
+    return grad.trace(params, batch).lower(lowering_platforms=(platform,)).as_text()
 
-    def limit():
-        return guard.tolerance(jnp.float32, exact=False, asked=None)
 
-    traced = jax.jit(limit).trace()
-    found = {
-        platform: traced.lower(lowering_platforms=(platform,)).as_text()
-        for platform in ("cpu", "cuda")
-    }
-    assert "9.99999974E-6" in found["cpu"]
-    assert "6.000000e-03" in found["cuda"].lower()
+@pytest.mark.parametrize(
+    ("precision", "platform", "rounds"),
+    [
+        (None, "cuda", True),
+        (None, "cpu", False),
+        (lax.Precision.HIGHEST, "cuda", False),
+        (lax.DotAlgorithmPreset.F32_F32_F32, "cuda", False),
+    ],
+)
+def test_the_limit_is_that_of_the_products(precision, platform, rounds):
+    layer = mwc.coisometric(lambda h, w: jnp.dot(h, w, precision=precision))
+
+    def loss(params, h):
+        for w in params:
+            h = jnp.abs(layer(h, w))
+        return jnp.mean(h**2)
+
+    params = [jnp.asarray(isometry(8, 8), jnp.float32) for _ in range(4)]
+    text = limited(loss, params, jnp.ones((4, 8)), platform).lower()
+    assert (TF32 in text) == rounds
+    assert ("9.999999" in text or "1.000000e-05" in text) or rounds
+
+
+def test_rounding_alone_does_not_trip():
+    """In TF32 it reads 4e-4 of each layer."""
 
     def tf32(x):
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)

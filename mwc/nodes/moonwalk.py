@@ -259,9 +259,7 @@ class Moonwalk(Whole):
                 h = self._polish(group, h, bits, values, weights)
             known = one.push(given, here, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
-            take, (h, given[one.state]) = take.with_(
-                [known[one.last], values[one.state]]
-            )
+            h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
             mark = take(h)
             grads = _added(found, one.gradients(given, here, known, wanted))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -133,8 +134,7 @@ class Rebuilt:
         eqns = [e for inverse in self.found.inverses for e in inverse.link.eqns]
         path = [self.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
         found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
-        kept = [e.params.get("mantissa_bits") for e in eqns]
-        return max(found + [2.0**-bits for bits in kept if bits is not None])
+        return max(found + [_rounding(e) for e in eqns])
 
     @property
     def last(self) -> Var:
@@ -174,6 +174,17 @@ class Rebuilt:
         found = evaluate(bwd, {**env, **known}, outs)
         pairs = zip((v for v, _ in chosen), found, strict=True)
         return {v: astype(ct, v) for v, ct in pairs}
+
+
+def _rounding(eqn: Any) -> float:
+    """What an equation rounds to though its types do not show it, relative."""
+    if (bits := eqn.params.get("mantissa_bits")) is not None:
+        return 2.0**-bits
+    # A product of float32 by one pass in a narrower type, of a `DotAlgorithmPreset`.
+    asked = re.search(r"\b(BF16|F16)_\1_\w+", str(eqn.params.get("precision")))
+    if asked is None or "_X" in asked[0]:
+        return 0.0
+    return float(jnp.finfo(jnp.bfloat16 if asked[1] == "BF16" else jnp.float16).eps)
 
 
 def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
