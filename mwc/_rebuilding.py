@@ -15,10 +15,11 @@ is worse.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mwc.guard import SKETCH_BYTES, planned_tolerance
+from mwc.guard import planned_tolerance, sketch_shape
 from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
@@ -26,7 +27,7 @@ from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes.declared import Fact
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, is_var, nbytes
+from passes.graph import Graph, Var, extents, is_var, nbytes
 from passes.linearise import Linear, is_inexact
 from passes.residuals import narrowest, packed_bytes
 from passes.submersion import Inverse, Rule, Submersion, run_error, submersion
@@ -193,6 +194,7 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
+    sketches = 4 * loop.length * math.prod(sketch_shape(extents(one.result), rows=True))
     return RebuiltLoop(
         loop.graph,
         one.stage,
@@ -201,7 +203,7 @@ def rebuilt_loop(
         pruned=True,
         # Sweep V runs every step, pushes, and reruns what gradients need.
         leaf_forwards=1 + (total(push) + one.stage.rerun) / max(1.0, total(work)),
-        leaf_bytes=(stops + 3) * nbytes(one.last) + loop.length * SKETCH_BYTES,
+        leaf_bytes=(stops + 3) * nbytes(one.last) + sketches,
         one=one,
         every=every,
         exact=_exact([one]),

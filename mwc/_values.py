@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mwc._plan import INPUT, Value
-from mwc.guard import SKETCH_BYTES
+from mwc.guard import sketch_shape
 from mwc.loops import Loop
 from mwc.packing import is_packed
 from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.graph import Graph, Var, extents, is_var, nbytes
+from passes.linearise import is_inexact
 from passes.residuals import packed_bytes
 
 
@@ -95,7 +97,10 @@ def kept_for(stage: Stage, i: int, stored: bool, rebuilt: bool) -> list[Value]:
         fwd = stage.linear.fwd
         keep = stage.kept_vars if stored else stage.bit_vars
         found += [_residual(fwd, v, i) for v in keep]
-    return [*found, _sketch(i)] if rebuilt else found
+    if rebuilt:
+        (result,) = {v for v in stage.graph.outvars if is_var(v) and is_inexact(v)}
+        found.append(_sketch(i, result, rows=True))
+    return found
 
 
 def _kept_of_loop(loop: Loop, i: int) -> list[Value]:
@@ -111,7 +116,9 @@ def _kept_of_loop(loop: Loop, i: int) -> list[Value]:
             found.append(dataclasses.replace(one, shape=shape, bytes=bytes_))
     if isinstance(loop, RebuiltLoop):
         # Cotangents kept at stops are made on the way back: they count at the peak.
-        found.append(_sketch(i, loop.length))
+        assert loop.one is not None
+        one = loop.one
+        found.append(_sketch(i, one.result, one.found.rows, (loop.length,)))
     return found
 
 
@@ -128,9 +135,9 @@ def _residual(fwd: Graph, v: Var, i: int) -> Value:
     return Value(name, kind, extents(v), dtype, bytes_, i, (i,), True, source=source)
 
 
-def _sketch(i: int, steps: int = 1) -> Value:
-    shape = (steps, SKETCH_BYTES // 4) if steps > 1 else (SKETCH_BYTES // 4,)
-    bytes_ = steps * SKETCH_BYTES
+def _sketch(i: int, ct: Var, rows: bool, steps: tuple[int, ...] = ()) -> Value:
+    shape = (*steps, *sketch_shape(extents(ct), rows))
+    bytes_ = 4 * math.prod(shape)
     return Value("sketch", "sketch", shape, "float32", bytes_, i, (i,), True)
 
 

@@ -1,21 +1,23 @@
 """The guard: sketches that show whether a rebuilt cotangent is the one it replaces.
 
-Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 256 sums
+Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 1,024 sums
 with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b,
 K buckets of rows, features j in G groups, sigma and E of +-1,
 
     s[k, g] = sum over b = k mod K of sigma_b  sum over j in g of E[k, j] w_b h[b, j]
 
-and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
-largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
-counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
+and the reading is |s - s'| / |s|. Up to 1,024 features are groups of their own, without
+E; rows are in one bucket unless features are few. The weight w_b is a power of two that
+brings the largest entry of row b of the last cotangent near 1: a corrupted row of tiny
+scale counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as
+well. A sketch is a sum over rows and no more, as a bias' gradient is, and compiles so.
 Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
 perturbed runs readings between the two came with gradients that were off by up to four
 tolerances, and no reading below this one with more than one tolerance. Where products
 of float32 are rounded to TF32 the limit is as there: rounding alone reads 4.1e-4
 sqrt(n) after n exact layers (emulated), and gradients are off by 0.8 of a reading at
-most. Limits: an error that the signs cancel is missed with the probability of 256 sums
-cancelling at once.
+most. Limits: an error that the signs cancel is missed with the probability that all
+sums cancel at once.
 """
 
 from __future__ import annotations
@@ -33,8 +35,7 @@ from mwc._tie import barrier
 
 Array = Any
 
-_BUCKETS, _SUMS = 16, 256
-SKETCH_BYTES = 4 * _SUMS
+_FEW, _BUCKETS, _SUMS = 64, 16, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sketcher:
     """Takes sketches of cotangents of one run.
 
     Attributes:
-      signs: for each shape (buckets, features) an array of +-1.
+      signs: for each shape (buckets, features) that is grouped an array of +-1.
       weights: one factor a row, sign included; None where rows are not told apart.
     """
 
@@ -54,26 +55,43 @@ class Sketcher:
         wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
         if jnp.iscomplexobj(h):
             h = jnp.stack([h.real, h.imag], axis=-1)
-        count = h.shape[0] if self.weights is not None and h.ndim else 1
-        flat = h.reshape(count, -1).astype(wide)
+        count, features = _flat(h.shape, self.weights is not None)
+        flat = h.reshape(count, features).astype(wide)
         if self.weights is not None:
             flat = flat * self.weights.astype(wide)[:, None]
-        buckets = _buckets(count)
+        buckets, groups = _layout(count, features)
         whole = count // buckets * buckets
-        summed = flat[:whole].reshape(-1, buckets, flat.shape[1]).sum(0)
+        summed = flat[:whole].reshape(-1, buckets, features).sum(0)
         if whole < count:
             rest = flat[whole:]
             summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-        signed = summed * self.signs[buckets, flat.shape[1]].astype(wide)
-        groups = min(_SUMS // buckets, signed.shape[1])
+        if groups == features:
+            return summed
+        signed = summed * self.signs[summed.shape].astype(wide)
         size = -(-signed.shape[1] // groups)
         if short := groups * size - signed.shape[1]:
             signed = jnp.pad(signed, ((0, 0), (0, short)))
         return signed.reshape(buckets, groups, size).sum(-1)
 
 
-def _buckets(count: int) -> int:
-    return min(_BUCKETS, count)
+def sketch_shape(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
+    """Buckets of rows and groups of features of a cotangent's sketch.
+
+    Args:
+      shape: of the cotangent, a complex one with a last axis of 2.
+      rows: whether the leading axis is that of rows.
+    """
+    return _layout(*_flat(shape, rows))
+
+
+def _flat(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
+    count = shape[0] if rows and shape else 1
+    return count, math.prod(shape) // max(1, count)
+
+
+def _layout(count: int, features: int) -> tuple[int, int]:
+    buckets = min(_BUCKETS, count) if features < _FEW else 1
+    return buckets, min(_SUMS // max(1, buckets), features)
 
 
 def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sketcher:
@@ -95,8 +113,10 @@ def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sket
         weights = scale * _signs((last.shape[0],), 1)
     wanted = set()
     for shape in shapes:
-        count = shape[0] if weights is not None else 1
-        wanted.add((_buckets(count), math.prod(shape) // max(1, count)))
+        count, features = _flat(shape, weights is not None)
+        buckets, groups = _layout(count, features)
+        if groups < features:
+            wanted.add((buckets, features))
     made = sorted(wanted)
     signs = [_signs(shape, 2) for shape in made]
     # Made once: fused into every sketch they would be made in every stage.

@@ -10,10 +10,16 @@ articulation points, here of a graph in topological order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from passes import _jax
 from passes.declared import declared_p
-from passes.graph import Graph, Var, is_var
+from passes.graph import Graph, Var, evaluate, is_var
+from passes.linearise import hoisted
 
 Eqn = Any
 
@@ -31,6 +37,35 @@ class Link:
     eqns: tuple[Eqn, ...]
     source: Var
     target: Var
+
+    @functools.cached_property
+    def reads(self) -> tuple[Var, ...]:
+        """What it reads besides the cotangent."""
+        made = {self.source, *(v for eqn in self.eqns for v in eqn.outvars)}
+        read = (v for eqn in self.eqns for v in eqn.invars if is_var(v))
+        return tuple(v for v in dict.fromkeys(read) if v not in made)
+
+    @functools.cached_property
+    def adjoint(self) -> tuple[Graph, dict[Var, Any]]:
+        """P^H, from `reads` and a value like `target` to one like `source`.
+
+        With the values of its constants. Traced once for all stages that are equal.
+        """
+        graph = Graph((self.source, *self.reads), (self.target,), self.eqns)
+        aval = self.source.aval
+
+        def fun(reads: list[Any], h: Any) -> Any:
+            env = dict(zip(self.reads, reads, strict=True))
+
+            def pull(ct: Any) -> Any:
+                return evaluate(graph, {**env, self.source: ct}, [self.target])[0]
+
+            _, push = jax.vjp(pull, _jax.zeros(aval.shape, aval.dtype, aval))
+            # JAX's transpose of a complex map does not conjugate.
+            return jnp.conj(push(jnp.conj(h))[0])
+
+        reads = [v.aval for v in self.reads]
+        return hoisted(jax.make_jaxpr(fun)(reads, self.target.aval))
 
 
 def links_between(bwd: Graph, source: Var, target: Any) -> list[Link] | None:

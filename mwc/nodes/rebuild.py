@@ -20,7 +20,6 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -189,21 +188,19 @@ def _rounding(eqn: Any) -> float:
 
 def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
     """h_out of a link from its h_in."""
-    source, target = inverse.link.source, inverse.link.target
-
-    def pull(ct: Array) -> Array:
-        return evaluate(bwd, {**env, source: ct}, [target])[0]
-
-    zeros = _jax.zeros(source.aval.shape, source.aval.dtype, source.aval)
+    link = inverse.link
     if inverse.rule is Rule.TRANSPOSE:
-        _, push = jax.vjp(pull, zeros)
-        # The adjoint: JAX's transpose of a complex map does not conjugate.
-        found = jnp.conj(push(jnp.conj(h))[0])
+        graph, consts = link.adjoint
+        given = [*evaluate(bwd, env, link.reads), h]
+        args = dict(zip(graph.invars, given, strict=True))
+        (found,) = evaluate(graph, consts | args, graph.outvars)
         return found if inverse.scale == 1 else found / inverse.scale
     if inverse.rule is Rule.DIVIDE:
-        return h / pull(zeros + 1)
+        aval = link.source.aval
+        ones = _jax.zeros(aval.shape, aval.dtype, aval) + 1
+        return h / evaluate(bwd, {**env, link.source: ones}, [link.target])[0]
     if inverse.rule is Rule.CUSTOM:
-        head, tail = inverse.link.eqns[0], inverse.link.eqns[-1]
+        head, tail = link.eqns[0], link.eqns[-1]
         rule = head.params["rule"].over(tail.params["lanes"], head.params["lanes"])
         return rule([read(env, v) for v in head.invars[1:]], h)
     assert inverse.rule is Rule.TRIANGULAR, inverse.reason
