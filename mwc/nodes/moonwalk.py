@@ -160,12 +160,18 @@ class Moonwalk(Whole):
         if self.lead is not None and found:
             h, *held = barrier([h, *found.values()])
             found.update(zip(found, held, strict=True))
+        first = self.straight[0].graph.invars
         read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
-        names = [v for v in read if v in values]
+        names = [v for v in first if v in values]
+        others = [v for v in read if v in values and v not in first]
         flat = [x for row in bits for x in row]
         held = tie([*(values[v] for v in names), *flat], h)
         rest = iter(held[len(names) :])
-        values = dict(zip(names, held, strict=False))
+        # A tie may cost a copy: parameters of later stages wait in `_due` if they must.
+        later = barrier([h, *(values[v] for v in others)])[1:]
+        values = dict(
+            zip([*names, *others], [*held[: len(names)], *later], strict=True)
+        )
         if self.lead is not None:
             self.lead.run(values)
         return values, [[next(rest) for _ in row] for row in bits], h
@@ -191,9 +197,11 @@ class Moonwalk(Whole):
         one = self.stages[i]
         given = {v: values[v] for v in one.stage.graph.invars if v in values}
         given.pop(one.state, None)
-        h, *held = barrier([h, *bits, *(given[v] for v in one.sources)])
-        given.update(zip(one.sources, held[len(bits) :], strict=True))
-        return h, held[: len(bits)], given
+        h, *held = barrier([h, *bits])
+        given.update(
+            zip(one.sources, tie([given[v] for v in one.sources], h), strict=True)
+        )
+        return h, held, given
 
     def _polish(
         self,
@@ -208,10 +216,10 @@ class Moonwalk(Whole):
         Without it the compiler would polish all groups first, and keep them.
         """
         sources = [*dict.fromkeys(v for i, _ in group for v in self.stages[i].sources)]
-        h, *held = barrier([h, *(values[v] for v in sources)])
+        held = tie([values[v] for v in sources], h)
         values = values | dict(zip(sources, held, strict=True))
         plain = [self.stages[i].weight(one, values, bits[i]) for i, one in group]
-        h, *plain = barrier([h, *plain])
+        plain = tie(plain, h)
         made = polished(plain, group[0][1])
         for (i, one), weight in zip(group, made, strict=True):
             weights.setdefault(i, {})[one.var] = weight
@@ -266,7 +274,7 @@ class Moonwalk(Whole):
             grads = _added(found, one.gradients(given, here, known, wanted))
             ends = []
             if i + 1 < len(stages):
-                ends = [one.advance(given, here)]
+                ends = tie([one.advance(given, here)], next(iter(grads.values()), h))
             # The gradients leave together with the next state, or XLA puts them off.
             both = barrier([h, mark, *grads.values(), *ends])
             h, again = both[0], [*again, both[1]]
