@@ -2,13 +2,14 @@
 
 Recomputation saves memory only if XLA does not merge it with the first computation,
 and only if it runs when it is due. `lax.optimization_barrier` says both; the CPU
-backend of JAX 0.10 drops barriers, so there the value is also selected by a
-condition on the token that is never true and that no simplifier can see through
-(inf and NaN included: a condition on bits, not on arithmetic).
+backend of jaxlib before 0.11.2 drops barriers, so there the value is also selected by
+a condition on the token that is never true and that no simplifier can see through
+(inf and NaN included: a condition on bits, not on arithmetic). A select may be a copy.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from passes import _jax
 from passes.sizes import has_elements
 
 Array = Any
+
+_JAXLIB = importlib.metadata.version("jaxlib").split(".")[:3]
+CPU_DROPS_BARRIERS = tuple(map(int, _JAXLIB)) < (0, 11, 2)
 
 
 def _is_key(x: Array) -> bool:
@@ -60,6 +64,8 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     if token is None or not has_elements(token.shape):
         return barrier(values)
     *held, token = barrier([*values, token])
+    if not CPU_DROPS_BARRIERS:
+        return held
     if any(a is not None for a in getattr(jax.typeof(token).sharding, "spec", ())):
         # No entry of an explicitly sharded array can be read by itself.
         return held

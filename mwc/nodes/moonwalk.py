@@ -210,8 +210,8 @@ class Moonwalk(Whole):
         bits: Sequence[Sequence[Array]],
         values: Values,
         weights: dict[int, Values],
-    ) -> Array:
-        """Adds to `weights`, by stage, those of a group; returns the cotangent.
+    ) -> None:
+        """Adds to `weights`, by stage, those of a group, not before `h` is there.
 
         Without it the compiler would polish all groups first, and keep them.
         """
@@ -219,11 +219,9 @@ class Moonwalk(Whole):
         held = tie([values[v] for v in sources], h)
         values = values | dict(zip(sources, held, strict=True))
         plain = [self.stages[i].weight(one, values, bits[i]) for i, one in group]
-        plain = tie(plain, h)
-        made = polished(plain, group[0][1])
+        made = polished(tie(plain, h), group[0][1])
         for (i, one), weight in zip(group, made, strict=True):
             weights.setdefault(i, {})[one.var] = weight
-        return h
 
     def _back(
         self,
@@ -265,7 +263,7 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             h, here, given = self._due(i, h, bits[i], values)
             for group in groups.get(i, []):
-                h = self._polish(group, h, bits, values, weights)
+                self._polish(group, h, bits, values, weights)
             known = one.push(given, here, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
