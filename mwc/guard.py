@@ -1,16 +1,15 @@
 """The guard: sketches that show whether a rebuilt cotangent is the one it replaces.
 
 Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 1,024 sums
-with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b,
-K buckets of rows, features j in G groups, sigma and E of +-1,
+with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b in
+K buckets, features j in G groups, sigma and E of +-1,
 
-    s[k, g] = sum over b = k mod K of sigma_b  sum over j in g of E[k, j] w_b h[b, j]
+    s[k, j] = sum over b = k mod K of sigma_b w_b h[b, j]
+    s[g] = sum over k, and j in g, of E[k, j] s[k, j]      unless features are few
 
-and the reading is |s - s'| / |s|. Up to 1,024 features are groups of their own, without
-E; rows are in one bucket unless features are few. The weight w_b is a power of two that
-brings the largest entry of row b of the last cotangent near 1: a corrupted row of tiny
-scale counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as
-well. A sketch is a sum over rows and no more, as a bias' gradient is, and compiles so.
+and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
+largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
+counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
 Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
 perturbed runs readings between the two came with gradients that were off by up to four
 tolerances, and no reading below this one with more than one tolerance. Where products
@@ -43,7 +42,7 @@ class Sketcher:
     """Takes sketches of cotangents of one run.
 
     Attributes:
-      signs: for each shape (buckets, features) that is grouped an array of +-1.
+      signs: for each shape (buckets, features) that is summed on an array of +-1.
       weights: one factor a row, sign included; None where rows are not told apart.
     """
 
@@ -59,39 +58,39 @@ class Sketcher:
         flat = h.reshape(count, features).astype(wide)
         if self.weights is not None:
             flat = flat * self.weights.astype(wide)[:, None]
-        buckets, groups = _layout(count, features)
+        # Two short sums: XLA multiplies apart from a long one, and writes the product.
+        buckets = min(_BUCKETS, count)
         whole = count // buckets * buckets
         summed = flat[:whole].reshape(-1, buckets, features).sum(0)
         if whole < count:
             rest = flat[whole:]
             summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-        if groups == features:
+        if features < _FEW:
             return summed
         signed = summed * self.signs[summed.shape].astype(wide)
-        size = -(-signed.shape[1] // groups)
-        if short := groups * size - signed.shape[1]:
+        groups = min(_SUMS, features)
+        size = -(-features // groups)
+        if short := groups * size - features:
             signed = jnp.pad(signed, ((0, 0), (0, short)))
-        return signed.reshape(buckets, groups, size).sum(-1)
+        return signed.reshape(buckets, groups, size).sum((0, 2))[None]
 
 
 def sketch_shape(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
-    """Buckets of rows and groups of features of a cotangent's sketch.
+    """Buckets of rows, if they are kept, and groups of features of a sketch.
 
     Args:
       shape: of the cotangent, a complex one with a last axis of 2.
       rows: whether the leading axis is that of rows.
     """
-    return _layout(*_flat(shape, rows))
+    count, features = _flat(shape, rows)
+    if features < _FEW:
+        return min(_BUCKETS, count), features
+    return 1, min(_SUMS, features)
 
 
 def _flat(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
     count = shape[0] if rows and shape else 1
     return count, math.prod(shape) // max(1, count)
-
-
-def _layout(count: int, features: int) -> tuple[int, int]:
-    buckets = min(_BUCKETS, count) if features < _FEW else 1
-    return buckets, min(_SUMS // max(1, buckets), features)
 
 
 def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sketcher:
@@ -114,9 +113,8 @@ def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sket
     wanted = set()
     for shape in shapes:
         count, features = _flat(shape, weights is not None)
-        buckets, groups = _layout(count, features)
-        if groups < features:
-            wanted.add((buckets, features))
+        if features >= _FEW:
+            wanted.add((min(_BUCKETS, count), features))
     made = sorted(wanted)
     signs = [_signs(shape, 2) for shape in made]
     # Made once: fused into every sketch they would be made in every stage.

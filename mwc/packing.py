@@ -45,8 +45,9 @@ def pack(x: Array) -> Array:
         x = lax.pad(x, False, [(0, short * (n == axis), 0) for n in range(x.ndim)])
     split = (*x.shape[:axis], x.shape[axis] // 8, 8, *x.shape[axis + 1 :])
     shifted = jnp.left_shift(x.reshape(split).astype(np.uint8), _places(axis, x.ndim))
-    # Not `jnp.packbits`, which adds up 32 bits: they are what a CPU would keep.
-    return lax.reduce(shifted, np.uint8(0), lax.bitwise_or, (axis + 1,))
+    # Not `jnp.packbits`, which adds up 32 bits: they are what a CPU would keep. A sum,
+    # for the compiler has no "or" across devices.
+    return shifted.sum(axis + 1, dtype=np.uint8)
 
 
 def unpack(bits: Array, like: Any) -> Array:

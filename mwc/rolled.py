@@ -23,7 +23,7 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
-from mwc.nodes.polish import polished
+from mwc.nodes.polish import Claim, polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
@@ -108,6 +108,14 @@ class _Rebuilding(Sweeps):
         values = self.inputs(i, self._init)
         return {v: x for v, x in values.items() if v not in self.carry_vars}
 
+    def _polished(
+        self, claims: Sequence[Claim], values: Values, bits: Sequence[Array]
+    ) -> Values:
+        one = self._one
+        return {
+            of.var: polished([one.weight(of, values, bits)], of)[0] for of in claims
+        }
+
     def _back(
         self, h: Array, bits: Sequence[Array], take: guard.Sketcher
     ) -> tuple[Array, Array, list[Array], list[Array]]:
@@ -130,15 +138,21 @@ class _Rebuilding(Sweeps):
             ties = [stacks.put(b, x, i) for b, x in zip(ties, kept, strict=True)]
             h, marks, *ties = barrier([h, marks, *ties])
             if stops:
-                keep = (i % loop.every == 0) & (i > 0)
 
                 def write(_: Array, kept: list[Array]) -> list[Array]:
                     return [stacks.put(kept[0], h, i // loop.every - 1)]
 
-                stops = lax.fori_loop(0, keep.astype(jnp.int32), write, stops)
+                stops = lax.fori_loop(0, self._stop(i), write, stops)
             return h, marks, ties, stops
 
         return lax.fori_loop(0, loop.length, step, (h, marks, ties, stops))
+
+    def _stop(self, i: Array) -> Array:
+        """One where a cotangent is kept before a step, or zero.
+
+        It is the trips of a loop: a conditional would copy what it writes to.
+        """
+        return ((i % self._rebuilt.every == 0) & (i > 0)).astype(jnp.int32)
 
     def _forth(
         self,
@@ -161,17 +175,21 @@ class _Rebuilding(Sweeps):
         g_xs = [stacks.zeros(loop.length, v.aval, v) for v in x_vars]
         worst = _jax.zeros((), jnp.float32, one.result.aval)
 
+        once = [of for of in one.claims if one.made_of(of) <= {*self.const_vars}]
+        always = dict(zip(self.const_vars, self._consts, strict=True))
+        settled = self._polished(once, always, self._bits(bits, jnp.int32(0)))
+
         def step(i: Array, state: Any) -> Any:
             carry, h, worst, g_consts, g_xs = state
             if stops:
+                # Not what was rebuilt: rounding starts anew.
                 at = jnp.maximum(i // loop.every - 1, 0)
-                fresh = (i % loop.every == 0) & (i > 0)
-                h = jnp.where(fresh, stacks.take(stops[0], at), h)
+                (h,) = lax.fori_loop(
+                    0, self._stop(i), lambda *_: [stacks.take(stops[0], at)], [h]
+                )
             values, kept = self.inputs(i, carry), self._bits(bits, i)
-            weights = {
-                of.var: polished([one.weight(of, values, kept)], of)[0]
-                for of in one.claims
-            }
+            each = [of for of in one.claims if of not in once]
+            weights = settled | self._polished(each, values, kept)
             lost = [stacks.take(t, i) for t in ties]
             known = one.push(values, kept, h, lost, weights)
             # Or XLA makes one product of this one and the state's, and copies of both.
@@ -179,7 +197,6 @@ class _Rebuilding(Sweeps):
             known[one.last] = h
             seen = guard.reading(stacks.take(marks, i), take(h))
             grads = one.gradients(values, kept, known, ask)
-            outs = one.stage.results(values, kept)[: len(self._init)]
             g_consts = [
                 g + grads[v] if v in grads else g
                 for g, v in zip(g_consts, c_vars, strict=True)
@@ -188,6 +205,13 @@ class _Rebuilding(Sweeps):
                 stacks.put(b, grads[v], self.at(i)) if v in grads else b
                 for b, v in zip(g_xs, x_vars, strict=True)
             ]
+            # What the next state is made of waits for the gradients, or both are alive.
+            fresh = (one.state, *self.x_vars)
+            held = barrier([*(values[v] for v in fresh), *g_consts, *g_xs])
+            values.update(zip(fresh, held, strict=False))
+            rest = iter(held[len(fresh) :])
+            g_consts, g_xs = ([next(rest) for _ in g] for g in (g_consts, g_xs))
+            outs = one.stage.results(values, kept)[: len(self._init)]
             # A reading that is NaN stays: jnp.maximum passes it on.
             return outs, h, jnp.maximum(worst, seen), g_consts, g_xs
 

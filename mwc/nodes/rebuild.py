@@ -113,6 +113,12 @@ class Rebuilt:
         """That of a claim, as it is."""
         return self.stage.residuals(values, bits, False, [of.var])[of.var]
 
+    def made_of(self, of: Claim) -> set[Var]:
+        """The stage's inputs that the weight of a claim is made of."""
+        linear, names = self.stage.linear, self.stage.chain_names()
+        read = linear.residuals[linear.residual_inputs.index(of.var)]
+        return {names[v] for v in linear.fwd.inputs_of([read]) if v in names}
+
     @functools.cached_property
     def sources(self) -> tuple[Var, ...]:
         """Inputs of what costs matrix products and does not need the state."""
