@@ -4,10 +4,11 @@ Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 1,0
 with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b in
 K buckets, features j in G groups, sigma and E of +-1,
 
-    s[k, j] = sum over b = k mod K of sigma_b w_b h[b, j]
-    s[g] = sum over k, and j in g, of E[k, j] s[k, j]      unless features are few
+    t[k, j] = sum over b = k mod K of sigma_b w_b h[b, j]
+    s[g] = sum over k, and j in g, of E[k, j] t[k, j]
 
-and the reading is |s - s'| / |s|. The weight w_b is a power of two that brings the
+and the reading is |s - s'| / |s|; where features are few, 16 sums over some of the
+buckets stand for one over all. The weight w_b is a power of two that brings the
 largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
 counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
 Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
@@ -34,7 +35,7 @@ from mwc._tie import barrier
 
 Array = Any
 
-_FEW, _BUCKETS, _SUMS = 64, 16, 1024
+_FEW, _BUCKETS, _LONG, _SUMS = 64, 16, 256, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sketcher:
     """Takes sketches of cotangents of one run.
 
     Attributes:
-      signs: for each shape (buckets, features) that is summed on an array of +-1.
+      signs: for each shape (buckets, features) an array of +-1.
       weights: one factor a row, sign included; None where rows are not told apart.
     """
 
@@ -59,20 +60,18 @@ class Sketcher:
         if self.weights is not None:
             flat = flat * self.weights.astype(wide)[:, None]
         # Two short sums: XLA multiplies apart from a long one, and writes the product.
-        buckets = min(_BUCKETS, count)
+        buckets = _buckets(count)
         whole = count // buckets * buckets
         summed = flat[:whole].reshape(-1, buckets, features).sum(0)
         if whole < count:
             rest = flat[whole:]
             summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-        if features < _FEW:
-            return summed
         signed = summed * self.signs[summed.shape].astype(wide)
-        groups = min(_SUMS, features)
+        kept, groups = sketch_shape(h.shape, self.weights is not None)
         size = -(-features // groups)
         if short := groups * size - features:
             signed = jnp.pad(signed, ((0, 0), (0, short)))
-        return signed.reshape(buckets, groups, size).sum((0, 2))[None]
+        return signed.reshape(-1, kept, groups, size).sum((0, 3))
 
 
 def sketch_shape(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
@@ -83,14 +82,20 @@ def sketch_shape(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
       rows: whether the leading axis is that of rows.
     """
     count, features = _flat(shape, rows)
-    if features < _FEW:
-        return min(_BUCKETS, count), features
-    return 1, min(_SUMS, features)
+    kept = min(_BUCKETS, count) if features < _FEW else 1
+    return kept, min(_SUMS, features)
 
 
 def _flat(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
     count = shape[0] if rows and shape else 1
     return count, math.prod(shape) // max(1, count)
+
+
+def _buckets(count: int) -> int:
+    """Of at most `_LONG` rows, and a multiple of `_BUCKETS` if there are as many."""
+    if count <= _BUCKETS:
+        return count
+    return _BUCKETS * -(-count // (_BUCKETS * _LONG))
 
 
 def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sketcher:
@@ -113,8 +118,7 @@ def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sket
     wanted = set()
     for shape in shapes:
         count, features = _flat(shape, weights is not None)
-        if features >= _FEW:
-            wanted.add((min(_BUCKETS, count), features))
+        wanted.add((_buckets(count), features))
     made = sorted(wanted)
     signs = [_signs(shape, 2) for shape in made]
     # Made once: fused into every sketch they would be made in every stage.
@@ -134,14 +138,25 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
 
 
 def reading(expected: Array, found: Array) -> Array:
-    """|s - s'| / |s| of each [..., buckets, groups]; not finite where either is not."""
-    over = -2, -1
-    scale = jnp.max(jnp.abs(expected), over, keepdims=True)
+    """|s - s'| / |s| of two sketches; not finite where either is not."""
+    return compared(expected, found, jnp.max(jnp.abs(expected)))[0]
+
+
+def compared(expected: Array, found: Array, scale: Array) -> tuple[Array, Array]:
+    """The reading, and |s|.
+
+    Args:
+      expected: s.
+      found: s'.
+      scale: a number near the entries of s, to which nothing overflows: their largest,
+        or |s| of the stage before, which is at hand.
+    """
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    gap = jnp.sum(((expected - found) / scale) ** 2, over)
-    size = jnp.sum((expected / scale) ** 2, over)
+    gap = jnp.sum(((expected - found) / scale) ** 2)
+    size = jnp.sum((expected / scale) ** 2)
     # Zero cotangents pass: nothing over nothing is no error.
-    return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
+    ratio = jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
+    return ratio, scale * jnp.sqrt(size)
 
 
 def fine(readings: Array, limit: Array | float) -> Array:

@@ -10,8 +10,9 @@ stage (*bits*) and nothing else. Its backward is two sweeps:
 so what is alive is one state, one cotangent, the bits and the gradients so far. Where
 the stage before the run reads no state (the first layer), it is the run's `lead`: sweep
 V starts with its gradients and runs it again, and no state is kept at all. A trip of
-the guard turns the run's gradients into NaN; the cotangent of its input is sweep R's
-and always right. Sweep V stops at the last stage that has a wanted gradient.
+the guard turns the gradients of its stage and of all later ones into NaN: those before
+it came of cotangents that passed, and the cotangent of the run's input is sweep R's and
+always right. Sweep V stops at the last stage that has a wanted gradient.
 
 Source: DESIGN sections 2, 5 and 7 (where barriers must stand). Limits: no cotangent of
 the run may enter or leave between its ends.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +37,6 @@ from passes.graph import Graph, Var, astype, is_var, nbytes
 Array = Any
 
 _POLISHED = 0.4  # of a state: weights that are polished at once
-_READ = 8  # sketches that are compared at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -255,11 +254,14 @@ class Moonwalk(Whole):
     ) -> Values:
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(bits)]
-        again: list[Array] = []
         found: Values = {}
         most = int(_POLISHED * nbytes(stages[0].state))
         groups = together([one.claims for one in stages], most)
         weights: dict[int, Values] = {}
+        dtype = stages[0].result.aval.dtype
+        limit = guard.tolerance(dtype, self.exact, self.tolerance)
+        readings: list[Array] = []
+        fine, scale = jnp.asarray(True), jnp.max(jnp.abs(marks[0]))
         for i, one in enumerate(stages):
             h, here, given = self._due(i, h, bits[i], values)
             for group in groups.get(i, []):
@@ -268,41 +270,26 @@ class Moonwalk(Whole):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            mark = take(h)
-            grads = _added(found, one.gradients(given, here, known, wanted))
+            seen, scale = guard.compared(marks[i], take(h), scale)
+            readings.append(seen)
+            fine &= guard.fine(seen, limit)
+            more = one.gradients(given, here, known, wanted)
+            # Now, not at the end: selected then, each would be kept beside its result.
+            safe = guard.nan_unless(fine, list(more.values()))
+            grads = _added(found, dict(zip(more, safe, strict=True)))
             ends = []
             if i + 1 < len(stages):
-                ends = tie([one.advance(given, here)], next(iter(grads.values()), h))
+                token = next(iter(grads.values()), h)
+                ends = tie([one.advance(given, here)], token)
             # The gradients leave together with the next state, or XLA puts them off.
-            both = barrier([h, mark, *grads.values(), *ends])
-            h, again = both[0], [*again, both[1]]
-            found.update(zip(grads, both[2:], strict=False))
+            h, fine, *both = barrier([h, fine, *grads.values(), *ends])
+            found.update(zip(grads, both, strict=False))
             values.pop(one.state)
             if ends:
                 values[one.result] = both[-1]
-        dtype = stages[0].result.aval.dtype
-        limit = guard.tolerance(dtype, self.exact, self.tolerance)
-        seen = jnp.concatenate(_readings(marks, again))
-        safe = guard.nan_unless(guard.fine(seen, limit), list(found.values()))
-        found = dict(zip(found, safe, strict=True))
         if DRIFT in wanted:
-            found[DRIFT] = seen / limit
+            found[DRIFT] = jnp.stack(readings) / limit
         return found
-
-
-def _readings(marks: Sequence[Array], again: Sequence[Array]) -> list[Array]:
-    """Of the sketches of both sweeps: in order, a few of one shape together.
-
-    A kernel that reads them all compiles for as long as ten others.
-    """
-    pairs = zip(marks, again, strict=False)
-    found: list[Array] = []
-    for _, alike in itertools.groupby(pairs, lambda pair: pair[0].shape):
-        group = [*alike]
-        for start in range(0, len(group), _READ):
-            a, b = zip(*group[start : start + _READ], strict=True)
-            found.append(guard.reading(jnp.stack(a), jnp.stack(b)))
-    return found
 
 
 def _added(found: Values, more: Values) -> Values:
