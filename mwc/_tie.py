@@ -10,6 +10,7 @@ a condition on the token that is never true and that no simplifier can see throu
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from passes.sizes import has_elements
 
 Array = Any
 
-_JAXLIB = importlib.metadata.version("jaxlib").split(".")[:3]
+_JAXLIB = re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]
 CPU_DROPS_BARRIERS = tuple(map(int, _JAXLIB)) < (0, 11, 2)
 
 

@@ -128,7 +128,7 @@ def scanned(act=relu, depth=64, width=WIDTH, batch=BATCH, product=product):
     return Program(loss, params, spec(batch, width))
 
 
-def recurrent(steps=512, hidden=512, batch=256, inputs=64):
+def recurrent(steps=512, hidden=512, batch=4096, inputs=64):
     """An orthogonal recurrent net over time; the loss reads the last state."""
 
     def loss(params, xs):

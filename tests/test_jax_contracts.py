@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mwc._tie import CPU_DROPS_BARRIERS
 from passes import _jax
 
 
@@ -97,3 +98,13 @@ def test_a_line_of_an_installed_library_gives_way_to_the_users():
     places = {_jax.source_line(eqn) for eqn in eqns}
     assert places
     assert all(place.startswith("test_jax_contracts.py:") for place in places)
+
+
+def test_where_the_cpu_drops_barriers():
+    """`mwc._tie`: a barrier parts equal sines, or it does not."""
+
+    def twice(x):
+        return jnp.sum(jnp.sin(x)) + jnp.sum(jnp.sin(lax.optimization_barrier(x)))
+
+    text = jax.jit(twice).lower(jnp.ones(1000)).compile().as_text()
+    assert text.count("sine(") == (1 if CPU_DROPS_BARRIERS else 2)
