@@ -71,9 +71,8 @@ def parameters_first(
             cotangents = [v for v in eqn.invars if is_var(v) and v in moving]
             waits[len(order)] = Wait(tuple(dict.fromkeys(cotangents)), tuple(done))
             done = []
-        elif i not in ahead and (product[i] or any(v in done for v in eqn.invars)):
-            # What follows a product, or the wait would part it from its transpose.
-            done = [*(v for v in done if v not in eqn.invars), *eqn.outvars]
+        elif product[i] and i not in ahead:
+            done += eqn.outvars
         order.append(eqn)
         for k in readers[i]:
             missing[k] -= 1

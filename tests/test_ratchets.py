@@ -3,6 +3,7 @@
 import collections
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mwc import moonwalk_compile
@@ -138,6 +139,19 @@ def test_orthogonal_chains_are_rebuilt(name):
     assert counts["moonwalk"] >= least
     assert plan.residual_bytes <= most * MIB
     assert plan.extra_forwards <= 2.1
+
+
+def test_rebuilding_saves_on_the_cpu():
+    """States of temporaries; a version that drops barriers needs ties, not luck."""
+    program = programs.dense(jnp.abs, 24, 128, 128, layer=programs.rotate)
+    args = program.params, program.batch
+
+    def states(loss):
+        made = jax.jit(jax.grad(loss)).lower(*args).compile()
+        return made.memory_analysis().temp_size_in_bytes / (4 * 128 * 128)
+
+    assert states(program.loss) >= 24
+    assert states(moonwalk_compile(program.loss)) <= 12
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]

@@ -42,8 +42,7 @@ def test_the_state_waits_for_the_weight():
     assert list(waits) == [state]
     (ct,) = waits[state].reads
     assert ct.aval.shape == (ROWS, WIDTH)
-    # The transpose that JAX puts after the product, too.
-    assert waits[state].done == (bwd.outvars[1],)
+    assert waits[state].done == tuple(bwd.eqns[weight].outvars)
 
 
 def test_every_product_of_a_stage_waits_for_those_that_are_ready():
