@@ -161,14 +161,13 @@ def worst(case):
     _, grads, drift = ours.value_and_grad(*args, with_drift=True)
     mine, true = (stacks(g, loop) for g in (grads, backprop(*args)))
     if drift.tripped:
-        # A loop is NaN; of an unrolled run, which leaves out the first and the last
-        # layer, what comes after the trip.
-        for g in mine:
-            spoiled = np.isnan(g).reshape(len(g), -1)
-            ends = spoiled.all(1) if loop else spoiled.all(1)[1:-1]
-            assert ends[-1]
-            assert np.all(np.diff(ends.astype(int)) >= 0)
-            assert not loop or ends.all()
+        # A loop is NaN; of an unrolled run what comes after the trip. Its stages begin
+        # with the bias of the layer before, so the last bias is in none.
+        ends = [np.isnan(g).reshape(len(g), -1).all(1) for g in mine]
+        assert ends[0][-1]
+        for one in (ends[0], ends[1][:-1]):
+            assert np.all(np.diff(one.astype(int)) >= 0)
+            assert not loop or one.all()
     with jax.enable_x64(True):
         wide = jax.tree.map(np.float64, ((w, b), (x, y)))
         sums = [np.asarray(s) for s in natural(kink)(*wide)]
