@@ -45,15 +45,19 @@ def layers_of_many_widths():
 @pytest.mark.parametrize("program", [equal_layers, layers_of_many_widths])
 def test_ten_thousand_equations_in_time(program):
     loss, params, x = program()
-    # A busy machine slows one attempt; processor time is not free of it.
-    for _ in range(2):
+
+    def seconds(run):
         start = time.process_time()
-        plan = moonwalk_compile(lambda *args: loss(*args)).plan(params, x)
-        seconds = time.process_time() - start
-        assert plan.stages
-        if seconds < 10:
-            break
-    assert seconds < 10
+        run(lambda *args: loss(*args))
+        return time.process_time() - start
+
+    def plan(loss):
+        assert moonwalk_compile(loss).plan(params, x).stages
+
+    # Ten seconds where backpropagation is traced in four or five; a busy or slow
+    # machine takes longer for both.
+    traced = seconds(lambda loss: jax.make_jaxpr(jax.grad(loss))(params, x))
+    assert seconds(plan) < max(10, 2.5 * traced)
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
