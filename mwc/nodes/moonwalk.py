@@ -261,7 +261,7 @@ class Moonwalk(Whole):
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
         readings: list[Array] = []
-        fine, scale = jnp.asarray(True), jnp.max(jnp.abs(marks[0]))
+        fine = jnp.asarray(True)
         for i, one in enumerate(stages):
             h, here, given = self._due(i, h, bits[i], values)
             for group in groups.get(i, []):
@@ -270,9 +270,8 @@ class Moonwalk(Whole):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            seen, scale = guard.compared(marks[i], take(h), scale)
-            readings.append(seen)
-            fine &= guard.fine(seen, limit)
+            readings.append(guard.reading(marks[i], take(h)))
+            fine &= guard.fine(readings[-1], limit)
             more = one.gradients(given, here, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
             safe = guard.nan_unless(fine, list(more.values()))
