@@ -43,3 +43,14 @@ def test_sketches(shape, rows):
         assert not guard.fine(guard.reading(take(spoiled), take(h)), 1.0)
     assert guard.reading(take(0 * h), take(0 * h)) == 0
     assert not guard.fine(guard.reading(take(0 * h), take(h)), 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-22, 1e22, 1e36])
+def test_a_reading_does_not_depend_on_scale(scale):
+    """Squares of tiny sums would vanish, and those of large ones overflow."""
+    draw = np.random.default_rng(7)
+    a, b = np.float32(draw.standard_normal((2, 1, 64)))
+    seen = guard.reading(jnp.asarray(a), jnp.asarray(b))
+    scaled = [jnp.asarray(np.float32(scale) * x) for x in (a, b)]
+    np.testing.assert_allclose(guard.reading(*scaled), seen, rtol=1e-5)
+    assert not guard.fine(guard.reading(scaled[0], 0 * scaled[1]), 0.5)
