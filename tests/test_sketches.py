@@ -45,7 +45,7 @@ def test_sketches(shape, rows):
     assert not guard.fine(guard.reading(take(0 * h), take(h)), 1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-22, 1e22, 1e36])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e36])
 def test_a_reading_does_not_depend_on_scale(scale):
     """Squares of tiny sums would vanish, and those of large ones overflow."""
     draw = np.random.default_rng(7)
