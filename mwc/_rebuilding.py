@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mwc.guard import planned_tolerance, sketch_shape
+from mwc.guard import planned_shape, planned_tolerance
 from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
@@ -27,7 +27,7 @@ from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes.declared import Fact
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, extents, is_var, nbytes
+from passes.graph import Graph, Var, is_var, nbytes
 from passes.linearise import Linear, is_inexact
 from passes.residuals import narrowest, packed_bytes
 from passes.submersion import Inverse, Rule, Submersion, run_error, submersion
@@ -194,7 +194,7 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
-    sketches = 4 * loop.length * math.prod(sketch_shape(extents(one.result), rows=True))
+    sketches = 4 * loop.length * math.prod(planned_shape(one.result, rows=True))
     return RebuiltLoop(
         loop.graph,
         one.stage,

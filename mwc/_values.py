@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mwc._plan import INPUT, Value
-from mwc.guard import sketch_shape
+from mwc.guard import planned_shape
 from mwc.loops import Loop
 from mwc.packing import is_packed
 from mwc.rolled import RebuiltLoop
@@ -136,7 +136,7 @@ def _residual(fwd: Graph, v: Var, i: int) -> Value:
 
 
 def _sketch(i: int, ct: Var, rows: bool, steps: tuple[int, ...] = ()) -> Value:
-    shape = (*steps, *sketch_shape(extents(ct), rows))
+    shape = (*steps, *planned_shape(ct, rows))
     bytes_ = 4 * math.prod(shape)
     return Value("sketch", "sketch", shape, "float32", bytes_, i, (i,), True)
 

@@ -27,11 +27,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from mwc._tie import barrier
+from passes.graph import Var, extents
 
 Array = Any
 
@@ -53,9 +55,10 @@ class Sketcher:
     def __call__(self, h: Array) -> Array:
         """The sketch, [buckets, groups], in float32 or float64."""
         wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
+        rows = self.weights is not None
+        (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
         if jnp.iscomplexobj(h):
             h = jnp.stack([h.real, h.imag], axis=-1)
-        count, features = _flat(h.shape, self.weights is not None)
         flat = h.reshape(count, features).astype(wide)
         if self.weights is not None:
             flat = flat * self.weights.astype(wide)[:, None]
@@ -67,28 +70,34 @@ class Sketcher:
             rest = flat[whole:]
             summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
         signed = summed * self.signs[summed.shape].astype(wide)
-        kept, groups = sketch_shape(h.shape, self.weights is not None)
         size = -(-features // groups)
         if short := groups * size - features:
             signed = jnp.pad(signed, ((0, 0), (0, short)))
         return signed.reshape(-1, kept, groups, size).sum((0, 3))
 
 
-def sketch_shape(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
+def sketch_shape(ct: Any, rows: bool) -> tuple[int, int]:
     """Buckets of rows, if they are kept, and groups of features of a sketch.
 
     Args:
-      shape: of the cotangent, a complex one with a last axis of 2.
+      ct: the cotangent, or what has its shape and dtype.
       rows: whether the leading axis is that of rows.
     """
-    count, features = _flat(shape, rows)
+    count, features = _flat(ct, rows)
     kept = min(_BUCKETS, count) if features < _FEW else 1
     return kept, min(_SUMS, features)
 
 
-def _flat(shape: tuple[int, ...], rows: bool) -> tuple[int, int]:
-    count = shape[0] if rows and shape else 1
-    return count, math.prod(shape) // max(1, count)
+def planned_shape(ct: Var, rows: bool) -> tuple[int, int]:
+    """`sketch_shape` of a variable, symbolic dimensions being nominal."""
+    return sketch_shape(jax.ShapeDtypeStruct(extents(ct), ct.aval.dtype), rows)
+
+
+def _flat(ct: Any, rows: bool) -> tuple[int, int]:
+    """Rows and features, real and imaginary parts apart."""
+    count = ct.shape[0] if rows and ct.shape else 1
+    parts = 2 if jnp.issubdtype(ct.dtype, jnp.complexfloating) else 1
+    return count, parts * math.prod(ct.shape) // max(1, count)
 
 
 def _buckets(count: int) -> int:
@@ -98,12 +107,12 @@ def _buckets(count: int) -> int:
     return _BUCKETS * -(-count // (_BUCKETS * _LONG))
 
 
-def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sketcher:
+def sketcher(last: Array, cts: Sequence[Any], rows: bool) -> Sketcher:
     """The sketcher of a run.
 
     Args:
       last: the cotangent that enters sweep R.
-      shapes: of all cotangents of the run, complex ones with a last axis of 2.
+      cts: all cotangents of the run, or what has their shapes and dtypes.
       rows: whether the leading axis is that of rows throughout.
     """
     weights = None
@@ -116,8 +125,8 @@ def sketcher(last: Array, shapes: Sequence[tuple[int, ...]], rows: bool) -> Sket
         scale = jnp.where(size == 0, 0, scale)
         weights = scale * _signs((last.shape[0],), 1)
     wanted = set()
-    for shape in shapes:
-        count, features = _flat(shape, weights is not None)
+    for ct in cts:
+        count, features = _flat(ct, weights is not None)
         wanted.add((_buckets(count), features))
     made = sorted(wanted)
     signs = [_signs(shape, 2) for shape in made]

@@ -85,8 +85,7 @@ class _Rebuilding(Sweeps):
         ask = self.asked(wanted)
         c_vars = [v for v in self.const_vars if v in ask]
         x_vars = [v for v in self.x_vars if v in ask]
-        shape = (*aval.shape, 2) if jnp.iscomplexobj(h) else aval.shape
-        take = guard.sketcher(h, [shape], self._one.found.rows)
+        take = guard.sketcher(h, [aval], self._one.found.rows)
         h, marks, ties, stops = self._back(h, bits, take)
         found: Values = {self._one.state: astype(h, self._one.state)}
         if c_vars or x_vars:

@@ -130,7 +130,8 @@ class Moonwalk(Whole):
             rest = rest[one.stage.bits :]
         last = max((i for i in range(len(bits)) if self._asks(i, wanted)), default=-1)
         h = astype(cts[self.stages[-1].result], self.stages[-1].last)
-        take = guard.sketcher(h, self._shapes(last), self.rows) if last >= 0 else None
+        checked = [one.result.aval for one in self.stages[: last + 1]]
+        take = guard.sketcher(h, checked, self.rows) if checked else None
         h, marks, ties = self._back(values, bits, h, last, take)
         found: Values = {}
         if self.lead is not None:
@@ -180,10 +181,6 @@ class Moonwalk(Whole):
         one = self.stages[i]
         asked = {v for v, _ in one.stage.chosen(wanted)}
         return bool(asked - {one.state})
-
-    def _shapes(self, last: int) -> list[tuple[int, ...]]:
-        avals = [s.result.aval for s in self.stages[: last + 1]]
-        return [(*a.shape, 2) if jnp.iscomplexobj(a) else a.shape for a in avals]
 
     def _due(
         self, i: int, h: Array, bits: Sequence[Array], values: Values
