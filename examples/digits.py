@@ -1,9 +1,10 @@
-"""A deep orthogonal classifier of handwritten digits, trained twice.
+"""A deep orthogonal classifier of handwritten digits, trained with and without mwc.
 
-Once with `jax.grad`, once with `moonwalk_compile`, from the same seed on the same
-batches: the losses agree, the second needs less memory. The hidden layers are declared
-coisometric and kept so by the optimizer, and pairs of units are sorted, so that the
-compiler may rebuild every cotangent forward from one bit a unit.
+With `jax.grad` and with `moonwalk_compile`, from the same seed on the same batches: the
+losses agree as far as rounding lets two runs agree, and the second needs less memory.
+The hidden layers are declared coisometric and kept so by the optimizer, and pairs of
+units are sorted, so that the compiler may rebuild every cotangent forward from one bit
+a unit.
 
     python examples/digits.py
     python examples/digits.py --depth 16 --epochs 10 --target h200
@@ -23,10 +24,10 @@ from sklearn.datasets import load_digits
 
 import mwc
 
-# Between the losses of the two runs, after every step. One gradient agrees to 1e-5;
-# training a network that sorts then magnifies rounding from step to step: two plain
-# runs whose batches have their rows in different orders are 0.005 apart by the end.
-TOLERANCE = 2e-2
+# Between the mean losses of the last epoch, relative. One gradient agrees to 1e-5, but
+# training a network that sorts magnifies rounding from step to step: the third run
+# shows how far. Over seven seeds it ended up to 3.3 % away, at most 7e-2 on the way.
+TOLERANCE = 0.1
 
 
 # %% [markdown]
@@ -81,6 +82,11 @@ def plain_loss(params, batch):
     images, labels = batch
     losses = optax.softmax_cross_entropy_with_integer_labels
     return jnp.mean(losses(logits(params, images), labels))
+
+
+def reordered_loss(params, batch):
+    """The same mean, from the last image to the first: it differs by rounding alone."""
+    return plain_loss(params, tuple(x[::-1] for x in batch))
 
 
 # %% [markdown]
@@ -164,14 +170,21 @@ def memory_tables(params, batch, targets):
     help="what to compile the memory table for",
 )
 def main(depth, width, epochs, batch, seed, targets):
-    """Trains twice, compares, and prints the plan and the memory table."""
+    """Trains, compares, and prints the plan and the memory table."""
     training, test = digits(seed)
     params = initial(jax.random.key(seed), depth, width)
     example = tuple(x[:batch] for x in training)
     print(loss.plan(params, example), end="\n\n")
-    print(loss.check(params, example), end="\n\n")
+    agreement = loss.check(params, example)
+    print(agreement, end="\n\n")
+    if not agreement.ok:
+        raise SystemExit("the gradients differ from backpropagation's")
 
-    runs = {"jax.grad": plain_loss, "moonwalk_compile": loss}
+    runs = {
+        "jax.grad": plain_loss,
+        "jax.grad, images in another order": reordered_loss,
+        "moonwalk_compile": loss,
+    }
     losses, trained = {}, {}
     columns = [*rich.progress.Progress.get_default_columns()]
     columns.append(rich.progress.TimeElapsedColumn())
@@ -187,10 +200,16 @@ def main(depth, width, epochs, batch, seed, targets):
                 f"{name}: loss {losses[name][0]:.4f} -> {losses[name][-1]:.4f}, "
                 f"test accuracy {reached:.1%}, {seconds:.1f} s"
             )
-    difference = np.max(np.abs(losses["jax.grad"] - losses["moonwalk_compile"]))
-    if not difference <= TOLERANCE:
-        raise SystemExit(f"the losses differ by {difference:.1e}")
-    print(f"largest difference between the losses: {difference:.1e}", end="\n\n")
+    plain, *others = runs
+    for name in others:
+        apart = np.max(np.abs(losses[name] - losses[plain]))
+        print(f"largest difference from {plain}'s losses: {apart:.1e}, {name}")
+    print()
+    last = {
+        name: np.mean(curve[-len(curve) // epochs :]) for name, curve in losses.items()
+    }
+    if not abs(last["moonwalk_compile"] / last[plain] - 1) <= TOLERANCE:
+        raise SystemExit(f"the losses of the last epoch differ: {last}")
     memory_tables(params, example, targets)
     print(f"test accuracy {accuracy(trained['moonwalk_compile'], test):.4f}")
 
