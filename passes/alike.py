@@ -88,6 +88,8 @@ def _frozen(value: Any) -> Hashable:
         return repr(value)
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
+    if isinstance(value, np.generic | np.ndarray) and not value.dtype.hasobject:
+        return str(value.dtype), value.shape, value.tobytes()
     if hasattr(value, "eqns"):
         inner, consts = _jax.opened(value)
         if not consts and not inner.constvars:

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -44,6 +45,15 @@ def test_a_program_is_like_itself(fun):
 )
 def test_other_programs_are_not(other):
     assert key(dense, *ARGS) != key(other, *ARGS)
+
+
+def test_numbers_of_numpy_are_compared():
+    # `split` has its sizes as such.
+    def halves(sizes):
+        return key(lambda x: lax.split(x, sizes), ARGS[0])
+
+    assert halves(np.array([1, 2])) == halves(np.array([1, 2]))
+    assert halves(np.array([1, 2])) != halves(np.array([2, 1]))
 
 
 def test_bodies_are_compared():
