@@ -117,11 +117,13 @@ def probe(
     rng = np.random.default_rng(zlib.crc32(b"probe"))
     steady = _steady(fwd, atoms)
     # A single number is a multiple of an isometry whatever its slope, and so is an
-    # array with one gain for all of it: draw again, of another size.
+    # array with one gain for all of it: draw again, of another size. A map that rests
+    # on no input is one map.
     # What a number is spread to meets every branch in one draw, and is dear to draw:
     # two such sums over random branches agree to rounding less than once in ten.
     most = _WIDE if size(target) >= _POINTS else _LEAST
     draws = max(1 if steady else 2, min(most, -(-_LEAST // size(source))))
+    draws = draws if inputs else 1
     quiet = jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow")
     with contextlib.ExitStack() as stack:
         for one in (*quiet, _on_host(), jax.ensure_compile_time_eval()):
