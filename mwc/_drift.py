@@ -24,7 +24,8 @@ class Drift(NamedTuple):
 
     Attributes:
       tripped: bool, whether a limit was passed; the gradients are then NaN.
-      worst: float32, the worst reading as a fraction of its limit.
+      worst: float32, the worst reading as a fraction of its limit; if any tripped,
+        that of the first, after which a run is not measured.
       stage: int32, its stage in `plan.stages`, -1 where no stage has a guard.
     """
 
@@ -44,9 +45,10 @@ def drift_of(readings: jax.Array, rows: Sequence[int]) -> Drift:
         return no_drift()
     sick = ~jnp.isfinite(readings)
     worst = jnp.where(sick, jnp.inf, readings)
-    at = jnp.argmax(worst)
+    trips = ~(readings <= 1)
+    at = jnp.where(jnp.any(trips), jnp.argmax(trips), jnp.argmax(worst))
     stage = jnp.asarray(rows, jnp.int32)[at]
-    return Drift(~jnp.all(readings <= 1), worst[at], stage)
+    return Drift(jnp.any(trips), worst[at], stage)
 
 
 def swept(
@@ -111,7 +113,7 @@ def raise_if_tripped(drift: Drift, spec: Any) -> None:
     row = spec.program.plan.stages[int(drift.stage)]
     raise MoonwalkDriftError(
         f"a rebuilt cotangent of {spec.name} was off by {float(drift.worst):.3g} times "
-        f"the limit, first of all at stage {int(drift.stage)}, {row.name}",
+        f"the limit at stage {int(drift.stage)}, {row.name}",
         expected="weights that are what they were declared to be",
         remedy="bring them back with mwc.constraints.retract, build them with "
         "mwc.constraints.orthogonal, or leave 'moonwalk' out of strategies; a "

@@ -267,8 +267,8 @@ class Moonwalk(Whole):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            readings.append(guard.reading(marks[i], take(h)))
-            fine &= guard.fine(readings[-1], limit)
+            readings.append(guard.reading(marks[i], take(h), fine))
+            fine = guard.fine(readings[-1], limit)
             more = one.gradients(given, here, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
             safe = guard.nan_unless(fine, list(more.values()))
@@ -278,7 +278,7 @@ class Moonwalk(Whole):
                 token = next(iter(grads.values()), h)
                 ends = tie([one.advance(given, here)], token)
             # The gradients leave together with the next state, or XLA puts them off.
-            h, fine, *both = barrier([h, fine, *grads.values(), *ends])
+            h, *both = barrier([h, *grads.values(), *ends])
             found.update(zip(grads, both, strict=False))
             values.pop(one.state)
             if ends:
