@@ -110,9 +110,7 @@ def probe(
         pairs = zip(need, values, strict=True)
         given = {v: astype(x, v) for (_, v), x in pairs}
         back = {**linear.consts, **given}
-        return _looked_at(
-            lambda ct: run_graph(bwd, {**back, source: ct}, [target])[0], h
-        )
+        return _images(lambda ct: run_graph(bwd, {**back, source: ct}, [target])[0], h)
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
     steady = _steady(fwd, atoms)
@@ -167,17 +165,18 @@ def _on_host() -> contextlib.AbstractContextManager[Any]:
 
 
 class _Look:
-    """Looks at a map: scale, what J P h misses of it, and the rest of `_looked_at`."""
+    """Looks at a map: scale, what J P h misses of it, and the rest of `_seen`."""
 
     def __init__(self, run: Callable[..., Any]):
         self._run = run
 
     def __call__(self, made: list[Any], h: Any) -> list[float]:
-        *seen, again = self._run(made, h)
-        # In double precision: a scale is used again in every stage of a run.
-        a, b = (np.asarray(x).astype(np.complex128) for x in (h, again))
-        scale = float((np.vdot(a, b) / np.vdot(a, a)).real)
-        return [scale, *(float(x) for x in seen)]
+        # By NumPy, to which these are no programs to compile, and in double precision:
+        # a scale is used again in every stage of a run.
+        arrays = [np.asarray(x) for x in (h, *self._run(made, h))]
+        wide = np.complex128 if any(map(np.iscomplexobj, arrays)) else np.float64
+        with np.errstate(all="ignore"):
+            return _seen(*(x.astype(wide) for x in arrays))
 
 
 def _level(x: Any) -> Any:
@@ -187,21 +186,28 @@ def _level(x: Any) -> Any:
     return jnp.full_like(x, 0.5)
 
 
-def _looked_at(pull: Callable[[Any], Any], h: Any) -> tuple[Any, ...]:
-    """What J P h misses of c h, what P h misses of P(1) h, moments of P(1), J P h."""
+def _images(pull: Callable[[Any], Any], h: Any) -> tuple[Any, Any, Any]:
+    """P h, J P h and P(1)."""
     out, push = jax.vjp(pull, h)
     # The adjoint: JAX's transpose of a complex map does not conjugate.
-    again = jnp.conj(push(jnp.conj(out))[0])
-    ones = pull(jnp.ones_like(h))
-    scale = jnp.vdot(h, again).real / jnp.vdot(h, h).real
-    lost = jnp.max(jnp.abs(again - scale * h)) / jnp.max(jnp.abs(h))
+    return out, jnp.conj(push(jnp.conj(out))[0]), pull(jnp.ones_like(h))
+
+
+def _seen(h: Any, out: Any, again: Any, ones: Any) -> list[float]:
+    """c, what J P h misses of c h, what P h misses of P(1) h, moments of P(1)."""
+    scale = float(np.vdot(h, again).real / np.vdot(h, h).real)
+    lost = float(np.max(np.abs(again - scale * h)) / np.max(np.abs(h)))
     if ones.shape != h.shape:
-        return lost, jnp.inf, 0.0, 0.0, 0.0, again
-    largest = jnp.maximum(jnp.max(jnp.abs(out)), jnp.finfo(out.dtype).tiny)
-    apart = jnp.max(jnp.abs(out - ones * h)) / largest
-    square = jnp.abs(ones) ** 2
-    inverse = jnp.mean(1 / square)
-    return lost, apart, jnp.mean(square), inverse, jnp.min(square), again
+        return [scale, lost, math.inf, 0.0, 0.0, 0.0]
+    largest = max(float(np.max(np.abs(out))), np.finfo(np.float32).tiny)
+    apart = float(np.max(np.abs(out - ones * h))) / largest
+    square = np.abs(ones) ** 2
+    return [
+        scale,
+        lost,
+        apart,
+        *map(float, (square.mean(), (1 / square).mean(), square.min())),
+    ]
 
 
 def _rounded(scale: float, eps: float) -> float:
