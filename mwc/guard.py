@@ -54,26 +54,32 @@ class Sketcher:
 
     def __call__(self, h: Array) -> Array:
         """The sketch, [buckets, groups], in float32 or float64."""
-        wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
-        rows = self.weights is not None
-        (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
-        if jnp.iscomplexobj(h):
-            h = jnp.stack([h.real, h.imag], axis=-1)
-        flat = h.reshape(count, features).astype(wide)
-        if self.weights is not None:
-            flat = flat * self.weights.astype(wide)[:, None]
-        # Two short sums: XLA multiplies apart from a long one, and writes the product.
-        buckets = _buckets(count)
-        whole = count // buckets * buckets
-        summed = flat[:whole].reshape(-1, buckets, features).sum(0)
-        if whole < count:
-            rest = flat[whole:]
-            summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-        signed = summed * self.signs[summed.shape].astype(wide)
-        size = -(-features // groups)
-        if short := groups * size - features:
-            signed = jnp.pad(signed, ((0, 0), (0, short)))
-        return signed.reshape(-1, kept, groups, size).sum((0, 3))
+        count, features = _flat(h, self.weights is not None)
+        return _sketch(h, self.signs[_buckets(count), features], self.weights)
+
+
+@jax.jit
+def _sketch(h: Array, signs: Array, weights: Array | None) -> Array:
+    wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
+    rows = weights is not None
+    (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
+    if jnp.iscomplexobj(h):
+        h = jnp.stack([h.real, h.imag], axis=-1)
+    flat = h.reshape(count, features).astype(wide)
+    if weights is not None:
+        flat = flat * weights.astype(wide)[:, None]
+    # Two short sums: XLA multiplies apart from a long one, and writes the product.
+    buckets = _buckets(count)
+    whole = count // buckets * buckets
+    summed = flat[:whole].reshape(-1, buckets, features).sum(0)
+    if whole < count:
+        rest = flat[whole:]
+        summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
+    signed = summed * signs.astype(wide)
+    size = -(-features // groups)
+    if short := groups * size - features:
+        signed = jnp.pad(signed, ((0, 0), (0, short)))
+    return signed.reshape(-1, kept, groups, size).sum((0, 3))
 
 
 def sketch_shape(ct: Any, rows: bool) -> tuple[int, int]:
@@ -146,6 +152,7 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
     return (1 - 2 * (index & np.uint32(1)).astype(jnp.float32)).reshape(shape)
 
 
+@jax.jit
 def reading(expected: Array, found: Array, before: Array | bool = True) -> Array:
     """|s - s'| / |s| of two sketches; not finite where either is not.
 

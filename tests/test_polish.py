@@ -40,9 +40,13 @@ def test_exact_weights_stay():
 
 
 def test_what_is_far_off_is_left_to_the_guard():
-    weights = [jnp.zeros((5, 4)), jnp.full((5, 4), jnp.nan), 3 * jnp.ones((5, 4))]
-    for one, found in zip(weights, polished(weights, a_claim(5, 4)), strict=True):
-        np.testing.assert_array_equal(one, found)
+    for fill in (0, np.nan):
+        (found,) = polished([jnp.full((5, 4), fill)], a_claim(5, 4))
+        np.testing.assert_array_equal(found, fill)
+    moved = isometry(5, 4) + 1e-3
+    far, near = polished([3 * jnp.ones((5, 4)), jnp.asarray(moved)], a_claim(5, 4))
+    assert not np.max(np.abs(3 * np.ones((4, 5)) @ far - np.eye(4))) < 0.5
+    np.testing.assert_allclose(moved.T @ near, np.eye(4), atol=3e-6)
 
 
 def test_groups_have_every_claim():

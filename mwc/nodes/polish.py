@@ -15,6 +15,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -105,14 +106,16 @@ def together(claims: Sequence[tuple[Claim, ...]], most: int) -> dict[int, list[G
 
 
 def polished(weights: Sequence[Array], of: Claim) -> list[Array]:
-    """C times right inverses of weights alike, of their shape and dtype.
+    """C times right inverses of weights alike, of their shape and dtype."""
+    return _polished(list(weights), of.axis + 1, of.scale)
 
-    There is a loop of these in the code of every sweep, so few operations, and several
-    weights at once: they are compiled as often.
-    """
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _polished(weights: list[Array], axis: int, scale: float) -> list[Array]:
+    # There is a loop of these in the code of every sweep, so few operations, and
+    # several weights at once: they are compiled as often. Traced once.
     stacked = jnp.stack(weights)
     m = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
-    axis, scale = of.axis + 1, of.scale
     # The eps of the weight itself: a rounded weight is not exact.
     limit = _EXACT * float(jnp.finfo(m.dtype).eps)
     shape = len(weights), _ROWS, m.shape[axis]
@@ -129,9 +132,8 @@ def polished(weights: Sequence[Array], of: Claim) -> list[Array]:
 
     r = m if scale == 1 else m / scale
     gap = dot(dot(rows, 2, m, axis), 2, r, 3 - axis) - rows
-    error = jnp.sum(gap**2, (1, 2))
-    # NaN and far errors are not mended: the guard trips.
-    off = (error > limit**2 * _ROWS * shape[2]) & (error < 0.25 * _ROWS * shape[2])
-    r = lax.fori_loop(0, jnp.where(jnp.any(off), _STEPS, 0), step, r)
+    # Of all, by one sum. NaN and what is far off are not mended: the guard trips.
+    off = jnp.sum(gap**2) > limit**2 * _ROWS * shape[2]
+    r = lax.fori_loop(0, jnp.where(off, _STEPS, 0), step, r)
     made = (r if scale == 1 else r * scale).astype(stacked.dtype)
     return [made[i] for i in range(len(weights))]
