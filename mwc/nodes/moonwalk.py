@@ -106,8 +106,8 @@ class Moonwalk(Whole):
         if self.lead is not None:
             self.lead.run(values, effects)
         for i, one in enumerate(self.stages):
-            state, _, given = self._due(i, values[one.state], [], values)
-            given[one.state] = state
+            state = values[one.state]
+            given = {**self._due(i, state, [], values)[1], one.state: state}
             bits = one.stage.first(given, False, effects)
             # Packs now, not when the backward asks for it.
             values[one.result], *bits = barrier([given[one.result], *bits])
@@ -184,20 +184,19 @@ class Moonwalk(Whole):
 
     def _due(
         self, i: int, h: Array, bits: Sequence[Array], values: Values
-    ) -> tuple[Array, list[Array], Values]:
-        """A cotangent or state, with the bits and the other inputs of its stage.
+    ) -> tuple[list[Array], Values]:
+        """The bits and inputs of a stage, not before h, its cotangent or state.
 
-        What is made of these alone, such as an orthogonal matrix of its parameters,
-        must wait for its turn too, or the compiler makes it for all stages at once.
+        What is made of these alone, such as an orthogonal matrix of its parameters or
+        what is unpacked of bits, must wait for its turn, or the compiler makes it for
+        all stages at once.
         """
         one = self.stages[i]
         given = {v: values[v] for v in one.stage.graph.invars if v in values}
         given.pop(one.state, None)
-        h, *held = barrier([h, *bits])
-        given.update(
-            zip(one.sources, tie([given[v] for v in one.sources], h), strict=True)
-        )
-        return h, held, given
+        held = tie([*(given[v] for v in one.sources), *bits], h)
+        given.update(zip(one.sources, held, strict=False))
+        return held[len(one.sources) :], given
 
     def _polish(
         self,
@@ -231,7 +230,7 @@ class Moonwalk(Whole):
         marks: list[Array] = []
         ties: list[list[Array]] = []
         for i in reversed(range(len(self.stages))):
-            h, here, given = self._due(i, h, bits[i], values)
+            here, given = self._due(i, h, bits[i], values)
             mark = [take(h)] if take is not None and i <= last else []
             below, kept = self.stages[i].pull(given, here, h, ties=bool(mark))
             h, *both = barrier([below, *mark, *kept])
@@ -260,7 +259,7 @@ class Moonwalk(Whole):
         readings: list[Array] = []
         fine = jnp.asarray(True)
         for i, one in enumerate(stages):
-            h, here, given = self._due(i, h, bits[i], values)
+            here, given = self._due(i, h, bits[i], values)
             for group in groups.get(i, []):
                 self._polish(group, h, bits, values, weights)
             known = one.push(given, here, h, ties[i], weights.pop(i, {}))
