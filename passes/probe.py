@@ -199,7 +199,7 @@ def _seen(h: Any, out: Any, again: Any, ones: Any) -> list[float]:
     lost = float(np.max(np.abs(again - scale * h)) / np.max(np.abs(h)))
     if ones.shape != h.shape:
         return [scale, lost, math.inf, 0.0, 0.0, 0.0]
-    largest = max(float(np.max(np.abs(out))), np.finfo(np.float32).tiny)
+    largest = max(float(np.max(np.abs(out))), float(np.finfo(np.float32).tiny))
     apart = float(np.max(np.abs(out - ones * h))) / largest
     square = np.abs(ones) ** 2
     return [
