@@ -42,6 +42,10 @@ def test_sketches(shape, rows):
         assert not guard.fine(guard.reading(take(h), take(spoiled)), 1.0)
         assert not guard.fine(guard.reading(take(spoiled), take(h)), 1.0)
     assert guard.reading(take(0 * h), take(0 * h)) == 0
+    # What comes after a trip passes it on, however well it agrees.
+    after = guard.reading(take(h), take(h), jnp.asarray(False))
+    assert after == np.inf
+    assert not guard.fine(after, 1.0)
     assert not guard.fine(guard.reading(take(0 * h), take(h)), 1e-5)
 
 
