@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import timeit
+import sys
 import weakref
 
 import jax
@@ -46,13 +46,18 @@ def test_plain_calls_never_plan(program):
 
 
 def test_eager_call_costs_little_more_than_jit():
-    fun, plain = moonwalk_compile(loss), jax.jit(loss)
-    fun(W, X), plain(W, X)
-
-    def best(f):
-        return min(timeit.repeat(lambda: f(W, X), number=50, repeat=9)) / 50
-
-    assert best(fun) - best(plain) < 100e-6
+    """In calls of functions, which do not depend on what else the machine does."""
+    fun = moonwalk_compile(loss)
+    fun(W, X)
+    calls = []
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: calls.append(event))
+    try:
+        fun(W, X)
+    finally:
+        sys.setprofile(before)
+    # 262 on JAX 0.10.2 and 0.12.0.1.
+    assert sum(event in ("call", "c_call") for event in calls) <= 400
 
 
 def test_programs_are_freed_with_the_function():
