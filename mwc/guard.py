@@ -164,8 +164,8 @@ def reading(expected: Array, found: Array, before: Array | bool = True) -> Array
     # By the largest entry of s, or squares of what is tiny vanish, and the gap passes.
     scale = jnp.max(jnp.abs(expected))
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    # In the sum, which is computed once: a chain of conditions beside it would be
-    # computed again, whole, by every gradient that reads it.
+    # In the sum, which is computed once: where barriers are dropped, a chain of
+    # conditions beside it is computed again, whole, for every gradient that reads it.
     gap = jnp.sum(jnp.where(before, ((expected - found) / scale) ** 2, jnp.inf))
     size = jnp.sum((expected / scale) ** 2)
     # Zero cotangents pass: nothing over nothing is no error.

@@ -202,12 +202,8 @@ def _seen(h: Any, out: Any, again: Any, ones: Any) -> list[float]:
     largest = max(float(np.max(np.abs(out))), float(np.finfo(np.float32).tiny))
     apart = float(np.max(np.abs(out - ones * h))) / largest
     square = np.abs(ones) ** 2
-    return [
-        scale,
-        lost,
-        apart,
-        *map(float, (square.mean(), (1 / square).mean(), square.min())),
-    ]
+    moments = square.mean(), (1 / square).mean(), square.min()
+    return [scale, lost, apart, *map(float, moments)]
 
 
 def _rounded(scale: float, eps: float) -> float:
