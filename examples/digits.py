@@ -156,7 +156,7 @@ def memory_tables(params, batch, targets):
 
 # %%
 @click.command()
-@click.option("--depth", default=48, show_default=True, help="hidden layers")
+@click.option("--depth", default=32, show_default=True, help="hidden layers")
 @click.option("--width", default=128, show_default=True)
 @click.option("--epochs", default=30, show_default=True)
 @click.option("--batch", default=479, show_default=True, help="images in a step")

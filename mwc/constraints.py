@@ -173,6 +173,7 @@ def _t(a: Array) -> Array:
 
 
 @jax.custom_jvp
+@jax.jit
 def _polar(raw: Array) -> Array:
     """The orthonormal polar factor of [..., m, n]."""
     if raw.shape[-2] < raw.shape[-1]:

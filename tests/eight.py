@@ -20,10 +20,11 @@ def eight(test):
 outer = pytest.mark.skipif(jax.device_count() >= 8, reason="is the outer process")
 
 
-def run_on_eight(path):
-    """Runs the tests of a file where there are eight devices."""
+def run_on_eight(path, *chosen):
+    """Runs the tests of a file where there are eight devices, some by `chosen`."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", path, *chosen, "-q"]
+    command += ["-p", "no:cacheprovider"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -59,7 +59,7 @@ def through_jax(case, loss):
     return run(moving, rest)
 
 
-@pytest.mark.parametrize("extra", [0, 1, 2])
+@pytest.mark.parametrize("extra", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name, extra):
     case, expected = case_of(name)

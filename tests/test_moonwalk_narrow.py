@@ -69,9 +69,9 @@ def test_weights_that_are_rounded_after_they_were_made():
             x = KINKS["leaky 0.9"](x @ rounded + b.astype(jnp.bfloat16))
         return mean_square(x.astype(y.dtype), y)
 
-    args = jax.tree.map(np.float32, (layers(24, 8), data(32, 8)))
+    args = jax.tree.map(np.float32, (layers(12, 8), data(32, 8)))
     ours = moonwalk_compile(loss, strategies=FORCED)
-    assert rows(ours.plan(*args)) >= 23
+    assert rows(ours.plan(*args)) >= 11
     _, _, drift = ours.value_and_grad(*args, with_drift=True)
     assert drift.worst < 1e-3
     assert_no_worse(loss, chain("leaky 0.9", "orthogonal"), args)

@@ -56,8 +56,10 @@ def test_ten_thousand_equations_in_time(program):
 
     # Ten seconds where backpropagation is traced in four or five; a busy or slow
     # machine takes longer for both.
-    traced = seconds(lambda loss: jax.make_jaxpr(jax.grad(loss))(params, x))
-    assert seconds(plan) < max(10, 2.5 * traced)
+    spent = seconds(plan)
+    if spent > 10:
+        traced = seconds(lambda loss: jax.make_jaxpr(jax.grad(loss))(params, x))
+        assert spent < 2.5 * traced
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])

@@ -21,8 +21,9 @@ pytestmark = pytest.mark.usefixtures("either_program")
 
 
 @outer
-def test_on_eight_devices():
-    run_on_eight(__file__)
+def test_on_eight_devices(request):
+    # Those of the same program.
+    run_on_eight(__file__, "-k", request.node.callspec.id)
 
 
 W = np.linspace(-1, 1, 12).reshape(4, 3)
