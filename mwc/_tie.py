@@ -78,19 +78,22 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
         if not _is_key(x) and has_elements(x.shape) and axes == _jax.varying(x)
     ]
 
-    def select(token: Array, *chosen: Array) -> list[Array]:
-        never = _never(token)
-        return [jnp.where(never, jnp.zeros_like(x), x) for x in chosen]
-
-    chosen = lax.platform_dependent(
-        token,
-        *[held[i] for i in at],
-        cpu=select,
-        default=lambda _, *chosen: list(chosen),
-    )
-    for i, x in zip(at, chosen, strict=True):
+    for i, x in zip(at, _selected(token, [held[i] for i in at]), strict=True):
         held[i] = x
     return held
+
+
+@jax.jit  # Traced once for all stages alike.
+def _selected(token: Array, values: list[Array]) -> list[Array]:
+    """The values, on a CPU selected by a condition on the token."""
+
+    def select(token: Array, *values: Array) -> list[Array]:
+        never = _never(token)
+        return [jnp.where(never, jnp.zeros_like(x), x) for x in values]
+
+    return lax.platform_dependent(
+        token, *values, cpu=select, default=lambda _, *values: list(values)
+    )
 
 
 def _never(token: Array) -> Array:

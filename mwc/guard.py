@@ -153,28 +153,44 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
 
 
 @jax.jit
-def reading(expected: Array, found: Array, before: Array | bool = True) -> Array:
-    """|s - s'| / |s| of two sketches; not finite where either is not.
+def compare(
+    expected: Array, found: Array, before: Array | bool = True
+) -> tuple[Array, Array]:
+    """|s - s'|^2 and |s|^2 of two sketches, over the square of the largest of s.
 
     Args:
       expected: s, of the cotangent that was.
       found: s', of the one that was rebuilt.
-      before: whether the readings before it pass: if not, this one is infinite.
+      before: whether the comparisons before it pass: if not, the first is infinite.
     """
-    # By the largest entry of s, or squares of what is tiny vanish, and the gap passes.
-    scale = jnp.max(jnp.abs(expected))
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    # Squares of what is tiny would vanish, and the gap pass. What is not finite divided
+    # by itself is NaN, which trips.
+    scale = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
     # In the sum, which is computed once: where barriers are dropped, a chain of
     # conditions beside it is computed again, whole, for every gradient that reads it.
     gap = jnp.sum(jnp.where(before, ((expected - found) / scale) ** 2, jnp.inf))
-    size = jnp.sum((expected / scale) ** 2)
-    # Zero cotangents pass: nothing over nothing is no error.
+    return gap, jnp.sum((expected / scale) ** 2)
+
+
+def fine(gap: Array, size: Array, limit: Array | float) -> Array:
+    """Whether a comparison passes; written so that NaN does not.
+
+    Without a root or a quotient, for it is computed with every gradient. Zero
+    cotangents pass.
+    """
+    return gap <= limit * limit * size
+
+
+def reading(gap: Array, size: Array) -> Array:
+    """|s - s'| / |s| of a comparison; not finite where either is not."""
     return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
 
 
-def fine(readings: Array, limit: Array | float) -> Array:
-    """Whether no reading trips; written so that NaN does."""
-    return jnp.all(readings <= limit)
+def drift(gap: Array, size: Array, limit: Array | float) -> Array:
+    """Readings over the limit: above 1 where `fine` says no, and nowhere else."""
+    over = reading(gap, size) / limit
+    above = jnp.maximum(over, np.nextafter(np.float32(1), np.float32(2)))
+    return jnp.where(fine(gap, size, limit), jnp.minimum(over, 1), above)
 
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:

@@ -194,7 +194,7 @@ class _Rebuilding(Sweeps):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            seen = guard.reading(stacks.take(marks, i), take(h))
+            seen = guard.reading(*guard.compare(stacks.take(marks, i), take(h)))
             grads = one.gradients(values, kept, known, ask)
             g_consts = [
                 g + grads[v] if v in grads else g
@@ -217,7 +217,7 @@ class _Rebuilding(Sweeps):
         state = (self._init, h, worst, g_consts, g_xs)
         _, _, worst, g_consts, g_xs = lax.fori_loop(0, loop.length, step, state)
         limit = guard.tolerance(one.result.aval.dtype, loop.exact, loop.tolerance)
-        grads = guard.nan_unless(guard.fine(worst, limit), [*g_consts, *g_xs])
+        grads = guard.nan_unless(worst <= limit, [*g_consts, *g_xs])
         found = dict(zip((*c_vars, *x_vars), grads, strict=True))
         if DRIFT in wanted:
             found[DRIFT] = (worst / limit)[None]

@@ -9,6 +9,10 @@ from mwc import guard
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+def reading(expected, found):
+    return guard.reading(*guard.compare(expected, found))
+
+
 def test_one_row_of_a_tiny_scale_counts():
     """Sums over rows would hide a row of 1e-9; weights of rows do not."""
     draw = np.random.default_rng(5)
@@ -18,8 +22,8 @@ def test_one_row_of_a_tiny_scale_counts():
     off[7] *= 1.5
     take = guard.sketcher(jnp.asarray(h), [h], rows=True)
     blind = guard.sketcher(jnp.asarray(h), [h], rows=False)
-    assert guard.reading(take(h), take(off)) > 1e-2
-    assert guard.reading(blind(h), blind(off)) < 1e-7
+    assert reading(take(h), take(off)) > 1e-2
+    assert reading(blind(h), blind(off)) < 1e-7
 
 
 SHAPES = [(64, 32), (7, 5), (1, 1), (17, 3, 4), (5,), (), (9000, 3), (5000, 70)]
@@ -33,20 +37,21 @@ def test_sketches(shape, rows):
     take = guard.sketcher(h, [h], rows)
     assert take(h).shape == guard.sketch_shape(h, rows)
     assert take(h).size <= 1024
-    assert guard.reading(take(h), take(h)) == 0
+    assert reading(take(h), take(h)) == 0
     noise = np.float32(1e-3 * draw.standard_normal(shape))
-    seen = float(guard.reading(take(h), take(h * (1 + noise))))
+    seen = float(reading(take(h), take(h * (1 + noise))))
     assert 1e-5 < seen < 1e-2
     for bad in (np.nan, np.inf):
         spoiled = h.at[(0,) * h.ndim].set(bad)
-        assert not guard.fine(guard.reading(take(h), take(spoiled)), 1.0)
-        assert not guard.fine(guard.reading(take(spoiled), take(h)), 1.0)
-    assert guard.reading(take(0 * h), take(0 * h)) == 0
+        assert not guard.fine(*guard.compare(take(h), take(spoiled)), 1.0)
+        assert not guard.fine(*guard.compare(take(spoiled), take(h)), 1.0)
+    assert reading(take(0 * h), take(0 * h)) == 0
     # What comes after a trip passes it on, however well it agrees.
-    after = guard.reading(take(h), take(h), jnp.asarray(False))
-    assert after == np.inf
-    assert not guard.fine(after, 1.0)
-    assert not guard.fine(guard.reading(take(0 * h), take(h)), 1e-5)
+    after = guard.compare(take(h), take(h), jnp.asarray(False))
+    assert guard.reading(*after) == np.inf
+    assert not guard.fine(*after, 1.0)
+    assert guard.drift(*after, 1.0) > 1
+    assert not guard.fine(*guard.compare(take(0 * h), take(h)), 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e36])
@@ -54,7 +59,7 @@ def test_a_reading_does_not_depend_on_scale(scale):
     """Squares of tiny sums would vanish, and those of large ones overflow."""
     draw = np.random.default_rng(7)
     a, b = np.float32(draw.standard_normal((2, 1, 64)))
-    seen = guard.reading(jnp.asarray(a), jnp.asarray(b))
+    seen = reading(jnp.asarray(a), jnp.asarray(b))
     scaled = [jnp.asarray(np.float32(scale) * x) for x in (a, b)]
-    np.testing.assert_allclose(guard.reading(*scaled), seen, rtol=1e-5)
-    assert not guard.fine(guard.reading(scaled[0], 0 * scaled[1]), 0.5)
+    np.testing.assert_allclose(reading(*scaled), seen, rtol=1e-5)
+    assert not guard.fine(*guard.compare(scaled[0], 0 * scaled[1]), 0.5)

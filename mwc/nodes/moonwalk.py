@@ -256,7 +256,8 @@ class Moonwalk(Whole):
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
-        readings: list[Array] = []
+        gaps: list[Array] = []
+        sizes: list[Array] = []
         fine = jnp.asarray(True)
         for i, one in enumerate(stages):
             here, given = self._due(i, h, bits[i], values)
@@ -266,8 +267,10 @@ class Moonwalk(Whole):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            readings.append(guard.reading(marks[i], take(h), fine))
-            fine = guard.fine(readings[-1], limit)
+            gap, size = guard.compare(marks[i], take(h), fine)
+            fine = guard.fine(gap, size, limit)
+            gaps.append(gap)
+            sizes.append(size)
             more = one.gradients(given, here, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
             safe = guard.nan_unless(fine, list(more.values()))
@@ -283,7 +286,7 @@ class Moonwalk(Whole):
             if ends:
                 values[one.result] = both[-1]
         if DRIFT in wanted:
-            found[DRIFT] = jnp.stack(readings) / limit
+            found[DRIFT] = guard.drift(jnp.stack(gaps), jnp.stack(sizes), limit)
         return found
 
 
