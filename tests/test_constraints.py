@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import mwc
+from mwc import constraints
 from mwc.constraints import orthogonal, retract, retraction, unit_triangular
 
 SHAPES = [(8, 8), (9, 5), (5, 9), (1, 1), (1, 4), (4, 1), (2, 3, 6, 4)]
@@ -224,3 +225,21 @@ def test_errors(name):
     call, text = WRONG[name]
     with pytest.raises(mwc.MoonwalkError, match=text):
         call()
+
+
+def test_called_again_it_is_not_traced_again(monkeypatch):
+    """Outside jit its loops would be compiled at every call: 0.3 s a weight."""
+    x = jnp.asarray(raw(5, 4))
+    orthogonal(x)
+    traced = []
+    largest = constraints._largest
+
+    def counted(x):
+        traced.append(x.shape)
+        return largest(x)
+
+    monkeypatch.setattr(constraints, "_largest", counted)
+    orthogonal(2 * x)
+    assert not traced
+    orthogonal(x[:, :3])
+    assert traced == [(5, 3)]
