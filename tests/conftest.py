@@ -95,7 +95,7 @@ def program(monkeypatch):
     return install(monkeypatch, SaveAll)
 
 
-@pytest.fixture(params=["engine", "save-all"])
+@pytest.fixture(params=["engine", pytest.param("save-all", marks=pytest.mark.slow)])
 def either_program(request, monkeypatch):
     """Runs a test with the compiler's own program, and one that saves everything."""
     if request.param != "engine":

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("either_program")
 @outer
 def test_on_eight_devices(request):
     # Those of the same program.
-    run_on_eight(__file__, "-k", request.node.callspec.id)
+    chosen = ("-k", request.node.callspec.id, "-m", "slow or not slow")
+    run_on_eight(__file__, *chosen)
 
 
 W = np.linspace(-1, 1, 12).reshape(4, 3)
