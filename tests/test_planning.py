@@ -42,7 +42,10 @@ def layers_of_many_widths():
     return loss, [(spec(a, b), spec(b)) for a, b in pairs], spec(32, dims[0])
 
 
-@pytest.mark.parametrize("program", [equal_layers, layers_of_many_widths])
+@pytest.mark.parametrize(
+    "program",
+    [equal_layers, pytest.param(layers_of_many_widths, marks=pytest.mark.slow)],
+)
 def test_ten_thousand_equations_in_time(program):
     loss, params, x = program()
 

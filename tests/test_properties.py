@@ -21,7 +21,7 @@ programs = st.lists(st.sampled_from(sorted(grammar.RULES)), min_size=1, max_size
 plans = st.tuples(st.sampled_from(EXTRAS), st.sampled_from(STRATEGIES))
 
 quick_profile = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
