@@ -75,9 +75,7 @@ def check(
             expected="concrete arrays",
             remedy="call it outside jit, grad and vmap",
         )
-    sources = _rebuilding(loss, args, kwargs)
-    asked = {"with_drift": True} if sources else {}
-    value, grads, *drifts = loss.value_and_grad(*args, **asked, **kwargs)
+    value, grads = loss.value_and_grad(*args, **kwargs)
     true_value, true_grads = reference()
     mine = jax.tree_util.tree_leaves_with_path({"value": value, "gradient": grads})
     true = jax.tree.leaves({"value": true_value, "gradient": true_grads})
@@ -87,23 +85,23 @@ def check(
         ok = ok and fine
         if error >= worst:
             worst, where = error, jax.tree_util.keystr(path)
-    if not drifts:
-        return CheckReport(ok, worst, where)
-    (drift,) = drifts
-    headroom = float(1 / drift.worst) if drift.worst > 0 else float("inf")
-    at = int(drift.stage)
-    return CheckReport(ok, worst, where, headroom, f"stage {at}, {sources[at]}")
+    return CheckReport(ok, worst, where, *_guard(loss, args, kwargs))
 
 
-def _rebuilding(loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Where each stage of the plan is written; none if nothing is rebuilt."""
+def _guard(
+    loss: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[float | None, str | None]:
+    """The headroom of the guard and its stage, if the plan rebuilds anything."""
     try:
         rows = loss.plan(*args, **kwargs).stages
     except MoonwalkUnsupportedError:  # it is differentiated as if undecorated
-        return []
+        return None, None
     if all(row.strategy != "moonwalk" for row in rows):
-        return []
-    return [row.source for row in rows]
+        return None, None
+    drift = loss.value_and_grad(*args, with_drift=True, **kwargs)[-1]
+    headroom = float(1 / drift.worst) if drift.worst > 0 else float("inf")
+    at = int(drift.stage)
+    return headroom, f"stage {at}, {rows[at].source}"
 
 
 def first_part(data: Any, axis: int, signature: Signature) -> Any:

@@ -186,11 +186,11 @@ def reading(gap: Array, size: Array) -> Array:
     return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
 
 
-def drift(gap: Array, size: Array, limit: Array | float) -> Array:
-    """Readings over the limit: above 1 where `fine` says no, and nowhere else."""
-    over = reading(gap, size) / limit
+def drift(readings: Array, passes: Array, limit: Array | float) -> Array:
+    """Readings over the limit: above 1 where one does not pass, and nowhere else."""
+    over = readings / limit
     above = jnp.maximum(over, np.nextafter(np.float32(1), np.float32(2)))
-    return jnp.where(fine(gap, size, limit), jnp.minimum(over, 1), above)
+    return jnp.where(passes, jnp.minimum(over, 1), above)
 
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:

@@ -217,8 +217,9 @@ class _Rebuilding(Sweeps):
         state = (self._init, h, worst, g_consts, g_xs)
         _, _, worst, g_consts, g_xs = lax.fori_loop(0, loop.length, step, state)
         limit = guard.tolerance(one.result.aval.dtype, loop.exact, loop.tolerance)
-        grads = guard.nan_unless(worst <= limit, [*g_consts, *g_xs])
+        passes = worst <= limit
+        grads = guard.nan_unless(passes, [*g_consts, *g_xs])
         found = dict(zip((*c_vars, *x_vars), grads, strict=True))
         if DRIFT in wanted:
-            found[DRIFT] = (worst / limit)[None]
+            found[DRIFT] = guard.drift(worst, passes, limit)[None]
         return found

@@ -50,7 +50,6 @@ def test_sketches(shape, rows):
     after = guard.compare(take(h), take(h), jnp.asarray(False))
     assert guard.reading(*after) == np.inf
     assert not guard.fine(*after, 1.0)
-    assert guard.drift(*after, 1.0) > 1
     assert not guard.fine(*guard.compare(take(0 * h), take(h)), 1e-5)
 
 
@@ -63,3 +62,20 @@ def test_a_reading_does_not_depend_on_scale(scale):
     scaled = [jnp.asarray(np.float32(scale) * x) for x in (a, b)]
     np.testing.assert_allclose(reading(*scaled), seen, rtol=1e-5)
     assert not guard.fine(*guard.compare(scaled[0], 0 * scaled[1]), 0.5)
+
+
+@pytest.mark.parametrize("limit", [1e-5, 2e-2, 6e-3])
+def test_drift_is_above_one_where_a_gradient_is_nan(limit):
+    """Also for readings that differ from the limit by rounding."""
+    near = np.float32(limit) * (1 + np.arange(-64, 65) * np.float32(2**-24))
+    gap, size = jnp.asarray(near**2), jnp.ones(len(near), np.float32)
+    passes = guard.fine(gap, size, np.float32(limit))
+    assert passes.any()
+    assert not passes.all()
+    over = guard.drift(guard.reading(gap, size), passes, np.float32(limit))
+    np.testing.assert_array_equal(over > 1, ~passes)
+    for bad in (np.nan, np.inf):
+        passes = guard.fine(jnp.float32(bad), jnp.float32(1), limit)
+        assert not passes
+        seen = guard.reading(jnp.float32(bad), jnp.float32(1))
+        assert not guard.drift(seen, passes, limit) <= 1

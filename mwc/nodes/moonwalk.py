@@ -286,7 +286,9 @@ class Moonwalk(Whole):
             if ends:
                 values[one.result] = both[-1]
         if DRIFT in wanted:
-            found[DRIFT] = guard.drift(jnp.stack(gaps), jnp.stack(sizes), limit)
+            seen = jnp.stack(gaps), jnp.stack(sizes)
+            passes = guard.fine(*seen, limit)
+            found[DRIFT] = guard.drift(guard.reading(*seen), passes, limit)
         return found
 
 
