@@ -65,10 +65,29 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
     if token is None or not has_elements(token.shape):
         return barrier(values)
     *held, token = barrier([*values, token])
-    if not CPU_DROPS_BARRIERS:
+    return after(held, token)
+
+
+def relay(values: Sequence[Array], waiting: Sequence[Array]) -> list[list[Array]]:
+    """`barrier` of `values`, and `tie` of those `waiting` to the first, in one."""
+    held = barrier([*values, *waiting])
+    here, later = held[: len(values)], held[len(values) :]
+    return [here, after(later, here[0])]
+
+
+def after(values: Sequence[Array], token: Array) -> list[Array]:
+    """The part of `tie` that is left where barriers are dropped.
+
+    Args:
+      values: arrays that pass a barrier besides, together with the token or with what
+        is made of it.
+      token: an inexact array.
+    """
+    held = list(values)
+    if not CPU_DROPS_BARRIERS or not has_elements(token.shape):
         return held
-    if any(a is not None for a in getattr(jax.typeof(token).sharding, "spec", ())):
-        # No entry of an explicitly sharded array can be read by itself.
+    if _jax.is_split(token):
+        # No entry of it can be read by itself.
         return held
     axes = _jax.varying(token)
     # Inside shard_map a value would take over the axes that the token varies over.
@@ -77,7 +96,6 @@ def tie(values: Sequence[Array], token: Array | None) -> list[Array]:
         for i, x in enumerate(held)
         if not _is_key(x) and has_elements(x.shape) and axes == _jax.varying(x)
     ]
-
     for i, x in zip(at, _selected(token, [held[i] for i in at]), strict=True):
         held[i] = x
     return held

@@ -28,9 +28,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from mwc import guard
-from mwc._tie import barrier, tie
+from mwc._tie import after, barrier, relay, tie
 from mwc.nodes.polish import Group, polished, together
 from mwc.nodes.rebuild import Rebuilt
+from mwc.nodes.shares import Share, shares
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, astype, is_var, nbytes
 
@@ -79,10 +80,16 @@ class Moonwalk(Whole):
         invars = tuple(v for v in reads if v not in bound)
         return Graph(invars, (self.stages[-1].result,), tuple(eqns))
 
+    @functools.cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """Where the bits of each stage are kept."""
+        bits = [one.stage.bit_vars for one in self.stages]
+        return shares(bits, nbytes(self.stages[0].state))
+
     @property
     def bits(self) -> int:
         """Arrays that the first pass keeps."""
-        return sum(s.stage.bits for s in self.stages)
+        return self.shares[-1].at.stop
 
     @property
     def guards(self) -> int:
@@ -105,13 +112,19 @@ class Moonwalk(Whole):
         kept: list[Array] = []
         if self.lead is not None:
             self.lead.run(values, effects)
+        mate: list[Array] = []
         for i, one in enumerate(self.stages):
             state = values[one.state]
-            given = {**self._due(i, state, [], values)[1], one.state: state}
+            held = tie([values[v] for v in one.sources], state)
+            given = {**self._given(i, held, values), one.state: state}
             bits = one.stage.first(given, False, effects)
+            place = self.shares[i].place
+            if place == 1:
+                bits = [jnp.stack(pair) for pair in zip(mate, bits, strict=True)]
             # Packs now, not when the backward asks for it.
             values[one.result], *bits = barrier([given[one.result], *bits])
-            kept += bits
+            mate = bits
+            kept += [] if place == 0 else bits
         return kept
 
     def pull(
@@ -123,16 +136,12 @@ class Moonwalk(Whole):
         wanted: Collection[Var],
     ) -> Values:
         """Cotangents of those inputs that are in `wanted`."""
-        bits: list[list[Array]] = []
-        rest = list(saved)
-        for one in self.stages:
-            bits.append(rest[: one.stage.bits])
-            rest = rest[one.stage.bits :]
-        last = max((i for i in range(len(bits)) if self._asks(i, wanted)), default=-1)
+        count = len(self.stages)
+        last = max((i for i in range(count) if self._asks(i, wanted)), default=-1)
         h = astype(cts[self.stages[-1].result], self.stages[-1].last)
         checked = [one.result.aval for one in self.stages[: last + 1]]
         take = guard.sketcher(h, checked, self.rows) if checked else None
-        h, marks, ties = self._back(values, bits, h, last, take)
+        h, marks, ties = self._back(values, saved, h, last, take)
         found: Values = {}
         if self.lead is not None:
             # Before sweep V, in which its cotangent would have to stay alive.
@@ -140,8 +149,9 @@ class Moonwalk(Whole):
         elif self.stages[0].state in wanted:
             found = {self.stages[0].state: astype(h, self.stages[0].state)}
         if take is not None:
-            values, bits, h = self._tied(values, bits[: last + 1], h, found)
-            more = self._forth(values, bits, h, marks, ties, take, wanted)
+            saved = saved[: self.shares[last].at.stop]
+            values, saved, h = self._tied(values, saved, h, found)
+            more = self._forth(values, saved, h, marks, ties, take, wanted)
             found |= _added(found, more)
         return found
 
@@ -154,8 +164,8 @@ class Moonwalk(Whole):
         return self.lead.pull(values, [], False, {state: astype(h, state)}, wanted)
 
     def _tied(
-        self, values: Values, bits: Sequence[Sequence[Array]], h: Array, found: Values
-    ) -> tuple[Values, list[list[Array]], Array]:
+        self, values: Values, saved: Sequence[Array], h: Array, found: Values
+    ) -> tuple[Values, list[Array], Array]:
         """What sweep V reads, not available before sweep R has ended."""
         if self.lead is not None and found:
             h, *held = barrier([h, *found.values()])
@@ -164,17 +174,15 @@ class Moonwalk(Whole):
         read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
         names = [v for v in first if v in values]
         others = [v for v in read if v in values and v not in first]
-        flat = [x for row in bits for x in row]
-        held = tie([*(values[v] for v in names), *flat], h)
-        rest = iter(held[len(names) :])
-        # A tie may cost a copy: parameters of later stages wait in `_due` if they must.
+        held = tie([*(values[v] for v in names), *saved], h)
+        # A tie may cost a copy: parameters of later stages wait for their turn.
         later = barrier([h, *(values[v] for v in others)])[1:]
         values = dict(
             zip([*names, *others], [*held[: len(names)], *later], strict=True)
         )
         if self.lead is not None:
             self.lead.run(values)
-        return values, [[next(rest) for _ in row] for row in bits], h
+        return values, held[len(names) :], h
 
     def _asks(self, i: int, wanted: Collection[Var]) -> bool:
         """Whether a stage has a wanted gradient besides its state's."""
@@ -182,27 +190,43 @@ class Moonwalk(Whole):
         asked = {v for v, _ in one.stage.chosen(wanted)}
         return bool(asked - {one.state})
 
-    def _due(
-        self, i: int, h: Array, bits: Sequence[Array], values: Values
-    ) -> tuple[list[Array], Values]:
-        """The bits and inputs of a stage, not before h, its cotangent or state.
+    def _waiting(
+        self, i: int, values: Values, saved: Sequence[Array], turn: int
+    ) -> list[Array]:
+        """What a stage must not read before its turn.
 
         What is made of these alone, such as an orthogonal matrix of its parameters or
-        what is unpacked of bits, must wait for its turn, or the compiler makes it for
-        all stages at once.
+        what is unpacked of bits, would be made for all stages at once.
+
+        Args:
+          i: the stage.
+          values: its inputs.
+          saved: what the first pass kept.
+          turn: the place of the stage that comes first of those that share an array.
         """
+        at, place = self.shares[i]
+        bits = saved[at] if place in (None, turn) else []
+        return [*(values[v] for v in self.stages[i].sources), *bits]
+
+    def _given(self, i: int, held: Sequence[Array], values: Values) -> Values:
+        """The inputs of a stage, its state left out, those that waited from `held`."""
         one = self.stages[i]
         given = {v: values[v] for v in one.stage.graph.invars if v in values}
         given.pop(one.state, None)
-        held = tie([*(given[v] for v in one.sources), *bits], h)
-        given.update(zip(one.sources, held, strict=False))
-        return held[len(one.sources) :], given
+        return given | dict(zip(one.sources, held, strict=False))
+
+    def _bits(self, i: int, held: Sequence[Array], saved: list[Array]) -> list[Array]:
+        """The bits of a stage, those that waited from `held` and put into `saved`."""
+        at, place = self.shares[i]
+        if waited := held[len(self.stages[i].sources) :]:
+            saved[at] = waited
+        return saved[at] if place is None else [x[place] for x in saved[at]]
 
     def _polish(
         self,
         group: Group,
         h: Array,
-        bits: Sequence[Sequence[Array]],
+        saved: Sequence[Array],
         values: Values,
         weights: dict[int, Values],
     ) -> None:
@@ -213,7 +237,10 @@ class Moonwalk(Whole):
         sources = [*dict.fromkeys(v for i, _ in group for v in self.stages[i].sources)]
         held = tie([values[v] for v in sources], h)
         values = values | dict(zip(sources, held, strict=True))
-        plain = [self.stages[i].weight(one, values, bits[i]) for i, one in group]
+        plain = [
+            self.stages[i].weight(one, values, self._bits(i, [], [*saved]))
+            for i, one in group
+        ]
         made = polished(tie(plain, h), group[0][1])
         for (i, one), weight in zip(group, made, strict=True):
             weights.setdefault(i, {})[one.var] = weight
@@ -221,7 +248,7 @@ class Moonwalk(Whole):
     def _back(
         self,
         values: Values,
-        bits: Sequence[Sequence[Array]],
+        saved: Sequence[Array],
         h: Array,
         last: int,
         take: guard.Sketcher | None,
@@ -229,11 +256,16 @@ class Moonwalk(Whole):
         """Sweep R: the cotangent of the first state; sketches and ties up to `last`."""
         marks: list[Array] = []
         ties: list[list[Array]] = []
-        for i in reversed(range(len(self.stages))):
-            here, given = self._due(i, h, bits[i], values)
+        saved = list(saved)
+        count = len(self.stages)
+        held = tie(self._waiting(count - 1, values, saved, 1), h)
+        for i in reversed(range(count)):
+            given = self._given(i, held, values)
+            bits = self._bits(i, held, saved)
             mark = [take(h)] if take is not None and i <= last else []
-            below, kept = self.stages[i].pull(given, here, h, ties=bool(mark))
-            h, *both = barrier([below, *mark, *kept])
+            below, kept = self.stages[i].pull(given, bits, h, ties=bool(mark))
+            waiting = self._waiting(i - 1, values, saved, 1) if i else []
+            (h, *both), held = relay([below, *mark, *kept], waiting)
             marks += both[: len(mark)]
             ties += [both[len(mark) :]] if mark else []
         return h, marks[::-1], ties[::-1]
@@ -241,7 +273,7 @@ class Moonwalk(Whole):
     def _forth(
         self,
         values: Values,
-        bits: Sequence[Sequence[Array]],
+        saved: Sequence[Array],
         h: Array,
         marks: Sequence[Array],
         ties: Sequence[Sequence[Array]],
@@ -249,7 +281,7 @@ class Moonwalk(Whole):
         wanted: Collection[Var],
     ) -> Values:
         """Sweep V: the wanted gradients of parameters, checked."""
-        stages = self.stages[: len(bits)]
+        stages = self.stages[: len(marks)]
         found: Values = {}
         most = int(_POLISHED * nbytes(stages[0].state))
         groups = together([one.claims for one in stages], most)
@@ -259,11 +291,14 @@ class Moonwalk(Whole):
         gaps: list[Array] = []
         sizes: list[Array] = []
         fine = jnp.asarray(True)
+        saved = list(saved)
+        held = tie(self._waiting(0, values, saved, 0), h)
         for i, one in enumerate(stages):
-            here, given = self._due(i, h, bits[i], values)
+            given = self._given(i, held, values)
+            bits = self._bits(i, held, saved)
             for group in groups.get(i, []):
-                self._polish(group, h, bits, values, weights)
-            known = one.push(given, here, h, ties[i], weights.pop(i, {}))
+                self._polish(group, h, saved, values, weights)
+            known = one.push(given, bits, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
@@ -271,16 +306,17 @@ class Moonwalk(Whole):
             fine = guard.fine(gap, size, limit)
             gaps.append(gap)
             sizes.append(size)
-            more = one.gradients(given, here, known, wanted)
+            more = one.gradients(given, bits, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
             safe = guard.nan_unless(fine, list(more.values()))
             grads = _added(found, dict(zip(more, safe, strict=True)))
-            ends = []
+            ends, waiting = [], []
             if i + 1 < len(stages):
                 token = next(iter(grads.values()), h)
-                ends = tie([one.advance(given, here)], token)
+                ends = after([one.advance(given, bits)], token)
+                waiting = self._waiting(i + 1, values, saved, 0)
             # The gradients leave together with the next state, or XLA puts them off.
-            h, *both = barrier([h, *grads.values(), *ends])
+            (h, *both), held = relay([h, *grads.values(), *ends], waiting)
             found.update(zip(grads, both, strict=False))
             values.pop(one.state)
             if ends:
