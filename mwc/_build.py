@@ -68,9 +68,15 @@ class Builder:
         return self.straight(graph)
 
     def _loop(self, graph: Graph) -> Loop | None:
-        """A scan as a loop; None where its body has arrays of its own."""
+        """A scan as a loop.
+
+        None where its body has arrays of its own, and where arrays are split on an
+        explicit mesh, which wants to know the sharding of every stack.
+        """
         eqn = graph.eqns[0]
         if _jax.opened(eqn.params["jaxpr"])[1]:
+            return None
+        if any(_jax.is_split(v.aval) for v in (*eqn.invars, *eqn.outvars)):
             return None
         body = marked(inline(eqn.params["jaxpr"]))
         consts, carries = _jax.scan_layout(eqn)

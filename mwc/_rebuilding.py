@@ -25,6 +25,7 @@ from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
 from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
+from passes import _jax
 from passes.declared import Fact
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
@@ -55,6 +56,9 @@ class Judge:
         if not isinstance(stage, Straight):
             return "it is no straight-line code"
         graph, linear = stage.graph, stage.linear
+        made = (v for eqn in graph.eqns for v in eqn.outvars)
+        if any(_jax.is_split(v.aval) for v in (*graph.invars, *made)):
+            return "it is sharded over Explicit mesh axes, not Auto ones"
         pairs = zip(graph.invars, linear.active, strict=True)
         states = [v for v, a in pairs if a and v not in self._outside]
         results = [v for v in graph.outvars if is_var(v) and is_inexact(v)]

@@ -215,18 +215,23 @@ class Spec:
           args: the flat arguments. The first result is what is differentiated.
         """
         count = len(self.in_avals)
-        both = _jax.run_jaxpr(self.forward(active), *args)
+        forward = self.forward(active, [jax.typeof(x) for x in args])
+        both = _jax.run_jaxpr(forward, *args)
         outs, saved = both[: len(self.out_avals)], both[len(self.out_avals) :]
 
         def fun(*ins: Any) -> list[Any]:
             args, kept, ct = ins[:count], ins[count:-1], ins[-1]
             cts = [ct, *(None for _ in self.out_avals[1:])]
-            return self.program.backward(active, active, args, kept, cts, drift=True)
+            found = self.program.backward(active, active, args, kept, cts, drift=True)
+            asked = (jax.typeof(x) for x, a in zip(args, active, strict=True) if a)
+            pairs = zip(found[:-1], asked, strict=True)
+            return [*(_jax.match_aval(ct, aval) for ct, aval in pairs), found[-1]]
 
-        avals = [*self.in_avals, *self.saved_avals(active), self.out_avals[0]]
-        jaxpr = _jax.without_debug(self.trace(("swept", active), fun, avals))
         one = jnp.ones((), self.out_avals[0].dtype)
-        *grads, readings = _jax.run_jaxpr(jaxpr, *args, *saved, one)
+        inputs = [*args, *saved, _jax.match_aval(one, jax.typeof(outs[0]))]
+        avals = [jax.typeof(x) for x in inputs]
+        jaxpr = _jax.without_debug(self.trace(("swept", active), fun, avals))
+        *grads, readings = _jax.run_jaxpr(jaxpr, *inputs)
         return outs, grads, readings
 
     def needed(self, active: Mask, wanted: Mask, given: Mask) -> Mask:

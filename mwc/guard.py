@@ -33,6 +33,7 @@ import numpy as np
 from jax import lax
 
 from mwc._tie import barrier
+from passes import _jax
 from passes.graph import Var, extents
 
 Array = Any
@@ -194,8 +195,20 @@ def drift(readings: Array, passes: Array, limit: Array | float) -> Array:
 
 
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
-    """The gradients, or NaN in their place: the compiler selects in place."""
-    return [jnp.where(passes, g, jnp.nan) for g in grads]
+    """The gradients, or NaN in their place: the compiler selects in place.
+
+    One that is the same on all devices of a manual mesh, for it was summed over them,
+    is NaN on all where the guard trips on any; it must not seem to differ, or it would
+    be summed again.
+    """
+    found = []
+    for g in grads:
+        axes = tuple(sorted(_jax.varying(passes) - _jax.varying(g)))
+        ok = passes
+        if axes:
+            ok = lax.psum(jnp.where(passes, 0, 1), axes) == 0
+        found.append(jnp.where(ok, g, jnp.nan))
+    return found
 
 
 # The error that rebuilding may add, by dtype; DESIGN section 9.

@@ -26,6 +26,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -100,17 +101,9 @@ def probe(
     ends = [*inputs, *(v for e in todo for v in e.outvars)]
     symbols = any(is_symbolic(n) for v in ends for n in v.aval.shape)
     symbols = symbols or any(e.primitive.name == "dim_as_value" for e in todo)
-    if symbols or any(map(_on_mesh, ends)):
+    if symbols:
         return None
     run_graph = _at_points if points else evaluate
-
-    def run(made: list[Any], h: Any) -> tuple[Any, ...]:
-        env = {**linear.consts, **dict(zip(inputs, made, strict=True))}
-        values = run_graph(fwd, env, atoms)
-        pairs = zip(need, values, strict=True)
-        given = {v: astype(x, v) for (_, v), x in pairs}
-        back = {**linear.consts, **given}
-        return _images(lambda ct: run_graph(bwd, {**back, source: ct}, [target])[0], h)
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
     steady = _steady(fwd, atoms)
@@ -122,22 +115,36 @@ def probe(
     most = _WIDE if size(target) >= _POINTS else _LEAST
     draws = max(1 if steady else 2, min(most, -(-_LEAST // size(source))))
     draws = draws if inputs else 1
-    quiet = jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow")
-    with contextlib.ExitStack() as stack:
-        for one in (*quiet, _on_host(), jax.ensure_compile_time_eval()):
-            stack.enter_context(one)
+
+    def look_at_all() -> tuple[list[list[float]], list[float]]:
+        there = _off_mesh(fwd, fwd.needed(atoms))
+        back = _off_mesh(bwd, bwd.needed([target], [source]))
+
+        def run(made: list[Any], h: Any) -> tuple[Any, ...]:
+            env = {**linear.consts, **dict(zip(inputs, made, strict=True))}
+            values = run_graph(there, env, atoms)
+            pairs = zip(need, values, strict=True)
+            known = {v: astype(x, v) for (_, v), x in pairs} | linear.consts
+            return _images(
+                lambda h: run_graph(back, {**known, source: h}, [target])[0], h
+            )
+
         # At points each operation is compiled once for all programs; no need for jit.
         look = _Look(run if points else jax.jit(run))
         rows = []
-        try:
-            for draw in range(draws):
-                size_ = 1 + 0.7 * (draw % 2)
-                made = [_random(rng, v.aval, points, size_) for v in inputs]
-                h = _random(rng, source.aval, points)
-                rows.append(look(made, h))
-            on_ties = look([_level(x) for x in made], h)
-        except (NotImplementedError, RuntimeError, ValueError):
-            return None  # a kernel of another platform
+        for draw in range(draws):
+            size_ = 1 + 0.7 * (draw % 2)
+            made = [_random(rng, v.aval, points, size_) for v in inputs]
+            h = _random(rng, source.aval, points)
+            rows.append(look(made, h))
+        return rows, look([_level(x) for x in made], h)
+
+    try:
+        rows, on_ties = _apart(look_at_all)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None  # a kernel of another platform
+    except NameError:
+        return None  # a collective, whose axis is not there
     scales, lost, apart, square, inverse, least = np.array(rows, np.float64).T
     scale = float(scales[0])
     eps = float(jnp.finfo(source.aval.dtype).eps)
@@ -154,6 +161,29 @@ def probe(
         steady=steady,
         ties=bool(known and not on_ties[1] <= close),
     )
+
+
+def _apart(fun: Callable[[], Any]) -> Any:
+    """Calls a function where no mesh, trace or setting of the caller is in force."""
+    wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+    def call() -> Any:
+        quiet = jax.debug_nans(False), jax.debug_infs(False)
+        guards = *quiet, jax.transfer_guard("allow"), jax.enable_x64(wide), _on_host()
+        with contextlib.ExitStack() as stack:
+            for one in guards:
+                stack.enter_context(one)
+            return fun()
+
+    # All of these belong to a thread.
+    with futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def _off_mesh(graph: Graph, at: Sequence[int]) -> Graph:
+    """Some of the equations of a graph, off the mesh that they are placed on."""
+    eqns = tuple(_jax.off_mesh(graph.eqns[i]) for i in at)
+    return Graph(graph.invars, graph.outvars, eqns)
 
 
 def _on_host() -> contextlib.AbstractContextManager[Any]:
@@ -234,13 +264,6 @@ def _is_pointwise(eqn: Any) -> bool:
         return True
     same = all(_rank(v) in (0, len(eqn.outvars[0].aval.shape)) for v in eqn.invars)
     return name in ELEMENTWISE - {"custom_jvp_call", "bitcast_convert_type"} and same
-
-
-def _on_mesh(var: Var) -> bool:
-    """Whether an equation that makes it cannot run by itself, off its mesh."""
-    mesh = getattr(getattr(var.aval, "sharding", None), "mesh", None)
-    explicit = jax.sharding.AxisType.Explicit in getattr(mesh, "axis_types", ())
-    return explicit or bool(_jax.varying(var.aval))
 
 
 def _keeps_shape(eqns: Sequence[Any], source: Var) -> bool:

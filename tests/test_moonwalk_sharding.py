@@ -5,17 +5,29 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax, shard_map
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mwc import moonwalk_compile
+from mwc import guard, moonwalk_compile
 from tests.eight import eight, outer, run_on_eight
-from tests.submersive import chain, data, layers, over_layers, weights
+from tests.submersive import (
+    chain,
+    data,
+    layer,
+    layers,
+    mean_square,
+    over_layers,
+    rows,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+ALL = P()
 
 
 @outer
@@ -23,15 +35,15 @@ def test_on_eight_devices():
     run_on_eight(__file__)
 
 
-def case(loop, harm=False):
-    """The loss, parameters and a batch of 16 rows."""
+def case(loop, harm=False, kink="abs", count=16):
+    """The loss, parameters and a batch."""
     params, batch = jax.tree.map(
-        np.float32, (weights(4) if loop else layers(4), data(16))
+        np.float32, (weights(4) if loop else layers(4), data(count))
     )
     if harm:
         leaf = params[0] if loop else params[1][0]
         leaf[...] *= 2
-    return (over_layers() if loop else chain()), params, batch
+    return (over_layers(kink) if loop else chain(kink)), params, batch
 
 
 def same(mine, true):
@@ -40,18 +52,33 @@ def same(mine, true):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-def both(make, loss, *args):
+def both(make, loss, *args, rebuilt=True):
+    """Gradients, and whether the plan that the function has there rebuilds."""
     ours = moonwalk_compile(loss, strategies=("moonwalk", "stored"))
-    same(make(ours)(*args), make(loss)(*args))
+    seen = []
+
+    def watched(f):
+        def call(params, batch):
+            if f is ours:
+                seen.append(ours.plan(params, batch))
+            return f(params, batch)
+
+        return call
+
+    same(make(watched(ours))(*args), make(loss)(*args))
+    assert [rows(plan) > 0 for plan in seen] == [rebuilt] * len(seen)
+    assert seen
 
 
-def mapped(f, check_vma):
+def mapped(f, check_vma, kind=AxisType.Auto):
+    """In shard_map, on a mesh of its own; where `kind` is None on the one in force."""
+    mesh = kind and jax.make_mesh((8,), ("i",), axis_types=(kind,))
     return jax.jit(
         shard_map(
             lambda p, b: jax.tree.map(
                 lambda g: lax.pmean(g, "i"), f(jax.tree.map(_varying(check_vma), p), b)
             ),
-            mesh=jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,)),
+            mesh=mesh,
             in_specs=(P(), P("i")),
             out_specs=P(),
             check_vma=check_vma,
@@ -66,11 +93,41 @@ def _varying(check_vma):
 
 
 @eight
-@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize(
+    ("loop", "kink"), [(False, "abs"), (True, "max-min"), (False, "leaky 0.9")]
+)
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_inside_shard_map(loop, check_vma):
-    loss, *args = case(loop)
+def test_inside_shard_map(loop, kink, check_vma):
+    loss, *args = case(loop, kink=kink)
     both(lambda f: mapped(jax.grad(f), check_vma), loss, *args)
+
+
+@eight
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_inside_shard_map_on_the_mesh_in_force(kind):
+    loss, params, batch = case(False)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        batch = jax.device_put(batch, NamedSharding(mesh, P("i")))
+        both(lambda f: mapped(jax.grad(f), False, None), loss, params, batch)
+
+
+@eight
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_collectives_between_layers(check_vma):
+    """No device can run one by itself, to see what it does."""
+    _, *args = case(False)
+    ring = [(i, (i + 1) % 8) for i in range(8)]
+
+    def loss(params, batch):
+        x, y = batch
+        for i, (w, b) in enumerate(params):
+            x = lax.ppermute(x, "i", ring) if i % 2 else x + lax.pmean(x, "i")
+            x = abs(layer(x, w) + b)
+        return mean_square(x, y)
+
+    both(lambda f: mapped(jax.grad(f), check_vma), loss, *args, rebuilt=False)
 
 
 @eight
@@ -80,16 +137,15 @@ def test_summed_by_the_transpose(loop):
     loss, *args = case(loop)
 
     def make(f):
-        return jax.jit(
-            shard_map(
-                jax.grad(lambda p, b: lax.pmean(f(p, b), "i")),
-                mesh=jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,)),
-                in_specs=(P(), P("i")),
-                out_specs=P(),
-            )
-        )
+        return summed(jax.grad(lambda p, b: lax.pmean(f(p, b), "i")))
 
     both(make, loss, *args)
+
+
+def summed(f, out_specs=ALL):
+    """Gradients of parameters that do not vary over the mesh, summed by JAX."""
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    return jax.jit(shard_map(f, mesh=mesh, in_specs=(P(), P("i")), out_specs=out_specs))
 
 
 @eight
@@ -98,17 +154,54 @@ def test_a_trip_on_every_device(loop):
     """Devices do not part ways: the gradients are NaN and nothing hangs."""
     loss, *args = case(loop, harm=True)
     ours = moonwalk_compile(loss, strategies=("moonwalk", "stored"))
-    found = mapped(jax.grad(ours), False)(*args)
-    assert any(np.isnan(g).all() for g in jax.tree.leaves(found))
+    for make in (lambda f: mapped(f, False), summed):
+        found = make(jax.grad(ours))(*args)
+        assert any(np.isnan(g).all() for g in jax.tree.leaves(found))
+
+
+@eight
+def test_a_trip_on_one_device():
+    """What was summed over devices is NaN on all, and is still what was summed."""
+
+    def trip(w, x):
+        passes = lax.axis_index("i") != 3
+        return tuple(guard.nan_unless(passes, [w, x]))
+
+    w, x = jnp.ones(4), jnp.ones((8, 4))
+    one, two = summed(trip, (P(), P("i")))(w, x)
+    assert np.isnan(one).all()
+    np.testing.assert_array_equal(np.isnan(two), np.arange(8)[:, None] == [3] * 4)
+
+
+@eight
+@pytest.mark.parametrize("loop", [False, True])
+def test_readings_of_every_device(loop):
+    loss, *args = case(loop)
+    ours = moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+
+    def both_of(params, batch):
+        _, grads, drift = ours.value_and_grad(params, batch, with_drift=True)
+        return grads, jax.tree.map(lambda x: x[None], drift)
+
+    grads, drift = summed(both_of, (P(), P("i")))(*args)
+    same(grads, summed(jax.grad(loss))(*args))
+    assert drift.worst.shape == (8,)
+    assert not drift.tripped.any()
 
 
 @eight
 @pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_sharded_batch(loop, kind):
-    loss, params, batch = case(loop)
+    """On explicit axes JAX's own derivative stays, and the plan says so."""
+    loss, params, batch = case(loop, count=64)
     mesh = jax.make_mesh((8,), ("i",), axis_types=(kind,))
+    auto = kind == AxisType.Auto
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         batch = jax.device_put(batch, NamedSharding(mesh, P("i")))
-        both(lambda f: jax.jit(jax.grad(f)), loss, params, batch)
+        both(lambda f: jax.jit(jax.grad(f)), loss, params, batch, rebuilt=auto)
+        ours = moonwalk_compile(loss)
+        same(jax.jit(jax.grad(ours))(params, batch), jax.grad(loss)(params, batch))
+        reasons = " ".join(stage.reason for stage in ours.plan(params, batch).stages)
+        assert ("sharded over Explicit mesh axes" in reasons) != auto

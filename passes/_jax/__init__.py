@@ -17,18 +17,19 @@ from jax._src.ad_util import Zero
 from jax._src.core import AbstractValue, InternalMutableArrayEffect
 from jax._src.interpreters import ad, batching
 from jax._src.interpreters import partial_eval as pe
-from jax._src.lax.lax import _convert_element_type
 from jax._src.source_info_util import user_frames
 from jax._src.state.discharge import discharge_state
 from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
+from passes._jax.meshes import is_split, match_aval, off_mesh, varying, zeros
 from passes._jax.rules import identity_primitive, new_primitive, register_rules
 
 # Re-exported; helpers follow.
 __all__ = ["AbstractValue", "Literal", "Var", "Zero"]
 __all__ += ["identity_primitive", "new_primitive", "register_rules"]
+__all__ += ["is_split", "match_aval", "off_mesh", "varying", "zeros"]
 
 Eqn = Any
 Jaxpr = Any
@@ -301,27 +302,6 @@ def instantiated(cotangent: Any) -> Any:
     return ad.instantiate_zeros(cotangent)
 
 
-def match_aval(value: Any, aval: Any) -> Any:
-    """Gives a cotangent the type that JAX expects for an argument of type `aval`.
-
-    One that varies over more axes of a manual mesh than its argument is summed over
-    them, as the transpose of an implicit broadcast.
-    """
-    has, wants = _varying(jax.typeof(value)), _varying(aval)
-    if has - wants:
-        value = jax.lax.psum(value, tuple(has - wants))
-    if wants - has:
-        value = jax.lax.pcast(value, tuple(wants - has), to="varying")
-    now = jax.typeof(value)
-    if now.dtype != aval.dtype or now.weak_type != aval.weak_type:
-        value = _convert_element_type(value, aval.dtype, aval.weak_type)
-    return value
-
-
-def _varying(aval: Any) -> frozenset[Any]:
-    return frozenset(getattr(getattr(aval, "mat", None), "varying", ()))
-
-
 is_undefined = ad.is_undefined_primal
 
 
@@ -333,17 +313,6 @@ def run_jaxpr(jaxpr: Jaxpr, *args: Any) -> list[Any]:
 def keeps_effects(eqn: Eqn) -> bool:
     """Whether an equation must stay though none of its outputs is used."""
     return any(not pe.dceable_effects.contains(effect) for effect in eqn.effects)
-
-
-def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """Zeros that vary over the same mesh axes as the aval `like`, for loop carries."""
-    found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
-    return jax.lax.pcast(found, axes, to="varying") if axes else found
-
-
-def varying(value: Any) -> frozenset[Any]:
-    """The manual mesh axes over which an array, or one of a type, differs."""
-    return _varying(value if hasattr(value, "str_short") else jax.typeof(value))
 
 
 def rule_of(eqn: Eqn) -> Any:
