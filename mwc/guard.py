@@ -201,13 +201,13 @@ def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
     is NaN on all where the guard trips on any; it must not seem to differ, or it would
     be summed again.
     """
+    everywhere: dict[tuple[Any, ...], Array] = {(): passes}
     found = []
     for g in grads:
         axes = tuple(sorted(_jax.varying(passes) - _jax.varying(g)))
-        ok = passes
-        if axes:
-            ok = lax.psum(jnp.where(passes, 0, 1), axes) == 0
-        found.append(jnp.where(ok, g, jnp.nan))
+        if axes not in everywhere:
+            everywhere[axes] = lax.psum(jnp.where(passes, 0, 1), axes) == 0
+        found.append(jnp.where(everywhere[axes], g, jnp.nan))
     return found
 
 
