@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc.errors import MoonwalkTypeError, MoonwalkValueError
+from passes import _jax
 from passes.declared import declare
 
 Array = Any
@@ -196,7 +197,9 @@ def _polar(raw: Array) -> Array:
     # Squares of entries far from 1 would overflow or vanish.
     size = jnp.max(jnp.abs(raw), axis=(-2, -1), keepdims=True)
     raw = raw / jnp.maximum(size, jnp.finfo(raw.dtype).tiny)
-    start = raw / _largest(raw), jnp.asarray(jnp.inf, raw.dtype), jnp.int32(0)
+    like = jax.typeof(raw)
+    worst = _jax.zeros((), raw.dtype, like) + jnp.inf
+    start = raw / _largest(raw), worst, _jax.zeros((), jnp.int32, like)
     # The last step squared an error of sqrt(eps); one more leaves that of rounding.
     return step(lax.while_loop(again, step, start))[0]
 
@@ -212,7 +215,8 @@ def _gram(q: Array) -> Array:
 
 def _largest(raw: Array) -> Array:
     """The largest singular value, or a little less: steps converge up to sqrt(3)."""
-    v = jnp.ones((*raw.shape[:-2], raw.shape[-1], 1), raw.dtype)
+    shape = (*raw.shape[:-2], raw.shape[-1], 1)
+    v = _jax.zeros(shape, raw.dtype, jax.typeof(raw)) + 1
 
     def step(_: Any, v: Array) -> Array:
         v = _dot(_t(raw), _dot(raw, v))

@@ -120,7 +120,7 @@ def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]
         if source is None or not is_var(source) or source not in known:
             continue
         fact = known[source]
-        if name in ("convert_element_type", "copy", "copy_p"):
+        if name in {"convert_element_type", "copy", "copy_p", *_jax.PLACING}:
             known[eqn.outvars[0]] = fact
         elif name == "transpose":
             order = list(params["permutation"])

@@ -150,7 +150,7 @@ def tried(linear: Linear, link: Link) -> Inverse:
         return Inverse(link, verdict, rule, scale, amplification, reason)
 
     if seen is None:
-        why = f"{name} was not run to see: too large, on a mesh, or not for the CPU"
+        why = f"{name} was not run to see: too large, a collective, or not for the CPU"
         return found(Verdict.NEVER, why)
     if seen.scale is not None:
         why = f"{name} moves numbers" if seen.steady else f"{name} is coisometric"

@@ -16,7 +16,8 @@ values do not. Where every operation is elementwise, a few thousand independent 
 stand for the whole array. Source: Schwartz-Zippel, as in Freivalds' check of matrix
 products.
 Limits: branches that random inputs never take are not seen; whoever rebuilds with what
-was found checks the result. Kernels that the CPU does not have are not run.
+was found checks the result. Kernels that the CPU does not have are not run, nor what
+talks to other devices: a map is run on one device, whatever mesh it is for.
 """
 
 from __future__ import annotations

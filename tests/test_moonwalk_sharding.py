@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mwc import guard, moonwalk_compile
+from mwc.constraints import orthogonal, unit_triangular
 from tests.eight import eight, outer, run_on_eight
 from tests.submersive import (
     chain,
@@ -111,6 +112,22 @@ def test_inside_shard_map_on_the_mesh_in_force(kind):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         batch = jax.device_put(batch, NamedSharding(mesh, P("i")))
         both(lambda f: mapped(jax.grad(f), False, None), loss, params, batch)
+
+
+@eight
+@pytest.mark.parametrize("build", [orthogonal, unit_triangular])
+def test_built_weights(build):
+    """What is known of a weight outlives that it is copied to the devices."""
+    _, *args = case(False)
+
+    def loss(params, batch):
+        x, y = batch
+        for w, b in params:
+            x = abs(x @ build(w) + b)
+        return mean_square(x, y)
+
+    both(lambda f: mapped(jax.grad(f), True), loss, *args)
+    both(lambda f: summed(jax.grad(lambda *a: lax.pmean(f(*a), "i"))), loss, *args)
 
 
 @eight

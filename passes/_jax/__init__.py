@@ -23,13 +23,20 @@ from jax._src.state.types import AbstractRef
 from jax.extend import core, source_info_util
 from jax.extend.core import Literal, Var
 
-from passes._jax.meshes import is_split, match_aval, off_mesh, varying, zeros
+from passes._jax.meshes import (
+    PLACING,
+    is_split,
+    match_aval,
+    off_mesh,
+    varying,
+    zeros,
+)
 from passes._jax.rules import identity_primitive, new_primitive, register_rules
 
 # Re-exported; helpers follow.
 __all__ = ["AbstractValue", "Literal", "Var", "Zero"]
 __all__ += ["identity_primitive", "new_primitive", "register_rules"]
-__all__ += ["is_split", "match_aval", "off_mesh", "varying", "zeros"]
+__all__ += ["PLACING", "is_split", "match_aval", "off_mesh", "varying", "zeros"]
 
 Eqn = Any
 Jaxpr = Any

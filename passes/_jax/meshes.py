@@ -18,7 +18,7 @@ from jax.extend.core import primitives
 Eqn = Any
 
 # What places a value on a mesh and leaves its numbers as they are.
-_PLACING = frozenset({"pvary", "pcast", "reshard", "sharding_constraint", "mesh_cast"})
+PLACING = frozenset({"pvary", "pcast", "reshard", "sharding_constraint", "mesh_cast"})
 
 
 def off_mesh(eqn: Eqn) -> Eqn:
@@ -36,7 +36,7 @@ def off_mesh(eqn: Eqn) -> Eqn:
             return eqn
         raise NotImplementedError(f"{eqn.primitive} on a mesh of {types}")
     context = JaxprEqnContext()
-    if eqn.primitive.name in _PLACING:
+    if eqn.primitive.name in PLACING:
         return eqn.replace(primitive=primitives.copy_p, params={}, ctx=context)
     unplaced = {k: None for k in ("sharding", "out_sharding") if k in eqn.params}
     return eqn.replace(params={**eqn.params, **unplaced}, ctx=context)
