@@ -125,10 +125,12 @@ def probe(
             env = {**linear.consts, **dict(zip(inputs, made, strict=True))}
             values = run_graph(there, env, atoms)
             pairs = zip(need, values, strict=True)
-            known = {v: astype(x, v) for (_, v), x in pairs} | linear.consts
-            return _images(
-                lambda h: run_graph(back, {**known, source: h}, [target])[0], h
-            )
+            known = linear.consts | {v: astype(x, v) for (_, v), x in pairs}
+
+            def pull(h: Any) -> Any:
+                return run_graph(back, {**known, source: h}, [target])[0]
+
+            return _images(pull, h)
 
         # At points each operation is compiled once for all programs; no need for jit.
         look = _Look(run if points else jax.jit(run))

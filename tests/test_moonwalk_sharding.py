@@ -71,15 +71,18 @@ def both(make, loss, *args, rebuilt=True):
     assert seen
 
 
-def mapped(f, check_vma, kind=AxisType.Auto):
-    """In shard_map, on a mesh of its own; where `kind` is None on the one in force."""
-    mesh = kind and jax.make_mesh((8,), ("i",), axis_types=(kind,))
+def own_mesh():
+    return jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+
+
+def mapped(f, check_vma, mesh=own_mesh):
+    """In shard_map, on a mesh of its own unless there is one in force."""
     return jax.jit(
         shard_map(
             lambda p, b: jax.tree.map(
                 lambda g: lax.pmean(g, "i"), f(jax.tree.map(_varying(check_vma), p), b)
             ),
-            mesh=mesh,
+            mesh=mesh(),
             in_specs=(P(), P("i")),
             out_specs=P(),
             check_vma=check_vma,
@@ -111,7 +114,7 @@ def test_inside_shard_map_on_the_mesh_in_force(kind):
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         batch = jax.device_put(batch, NamedSharding(mesh, P("i")))
-        both(lambda f: mapped(jax.grad(f), False, None), loss, params, batch)
+        both(lambda f: mapped(jax.grad(f), False, lambda: None), loss, params, batch)
 
 
 @eight
@@ -161,8 +164,9 @@ def test_summed_by_the_transpose(loop):
 
 def summed(f, out_specs=ALL):
     """Gradients of parameters that do not vary over the mesh, summed by JAX."""
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
-    return jax.jit(shard_map(f, mesh=mesh, in_specs=(P(), P("i")), out_specs=out_specs))
+    return jax.jit(
+        shard_map(f, mesh=own_mesh(), in_specs=(P(), P("i")), out_specs=out_specs)
+    )
 
 
 @eight
