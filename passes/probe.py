@@ -216,7 +216,7 @@ def _level(x: Any) -> Any:
     """An array in which everything ties."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    return jnp.full_like(x, 0.5)
+    return jnp.asarray(np.full(x.shape, 0.5, x.dtype))
 
 
 def _images(pull: Callable[[Any], Any], h: Any) -> tuple[Any, Any, Any]:
@@ -263,7 +263,7 @@ def _steady(fwd: Graph, atoms: Sequence[Any]) -> bool:
 def _is_pointwise(eqn: Any) -> bool:
     """Whether an equation does the same at every element, or spreads a value."""
     name = eqn.primitive.name
-    if name == "broadcast_in_dim":
+    if name == "broadcast_in_dim" or name in _jax.PLACING:
         return True
     same = all(_rank(v) in (0, len(eqn.outvars[0].aval.shape)) for v in eqn.invars)
     return name in ELEMENTWISE - {"custom_jvp_call", "bitcast_convert_type"} and same

@@ -27,17 +27,16 @@ def off_mesh(eqn: Eqn) -> Eqn:
     Raises:
       NotImplementedError: it has a body that may be placed on the mesh as well.
     """
-    mesh = eqn.ctx.cur_abstract_mesh
-    types = {*mesh.axis_types, *_axis_types(eqn)}
+    context = JaxprEqnContext()
+    if eqn.primitive.name in PLACING:
+        return eqn.replace(primitive=primitives.copy_p, params={}, ctx=context)
+    types = {*eqn.ctx.cur_abstract_mesh.axis_types, *_axis_types(eqn)}
     if not types:
         return eqn
     if any(core.jaxprs_in_params(eqn.params)):
         if types == {jax.sharding.AxisType.Auto}:
             return eqn
         raise NotImplementedError(f"{eqn.primitive} on a mesh of {types}")
-    context = JaxprEqnContext()
-    if eqn.primitive.name in PLACING:
-        return eqn.replace(primitive=primitives.copy_p, params={}, ctx=context)
     unplaced = {k: None for k in ("sharding", "out_sharding") if k in eqn.params}
     return eqn.replace(params={**eqn.params, **unplaced}, ctx=context)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from passes import probe as module
 from passes.probe import probe
@@ -73,6 +74,17 @@ def test_float32():
 def test_what_is_too_large_is_not_run(monkeypatch):
     monkeypatch.setattr(module, "_MOST_BYTES", 100)
     assert probed(max_min, normal(3, 40)) is None
+    assert probed(jnp.abs, normal(3, 40)).scale == 1
+
+
+def test_where_a_value_is_placed_says_nothing(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_BYTES", 100)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    seen = probed(
+        lambda x: jnp.abs(jax.lax.with_sharding_constraint(x, rows)), normal(3, 40)
+    )
+    assert seen.scale == 1
 
 
 def test_under_a_trace():
