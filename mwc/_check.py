@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mwc._explicit import mesh_of, on_auto_axes
 from mwc._trace import Signature, is_array
 from mwc.errors import (
     MoonwalkTypeError,
@@ -138,7 +139,11 @@ def first_part(data: Any, axis: int, signature: Signature) -> Any:
             return leaf
         at = [slice(None)] * leaf.ndim
         at[axis] = slice(part)
-        return leaf[tuple(at)]
+        mesh = mesh_of([jax.typeof(leaf)])
+        if mesh is None:
+            return leaf[tuple(at)]
+        # A part of what is split has no place on an explicit mesh: it is everywhere.
+        return on_auto_axes(mesh, lambda x: [x[0][tuple(at)]], [leaf], [None])[0]
 
     return jax.tree.map(cut, data)
 

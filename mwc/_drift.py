@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from mwc import _trace
-from mwc._shared import Shared
+from mwc._shared import Entry, Shared
+from mwc._spec import Spec
 from mwc._trace import is_differentiable, without_static
 from mwc.errors import MoonwalkDriftError
 
@@ -71,23 +72,31 @@ def swept(
       The results as the function gives them, gradients as `Gradients` does, the drift.
     """
     full, named, leaves = shared.prepared(args, kwargs)
-    entry, captured = shared.entry(full, named, bound)
-    if entry.site is None:
-        return None
-    spec = entry.site.spec
-    types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in spec.out_avals]
-    check(jax.tree.unflatten(entry.out_tree, types))
     indices = _trace.positions(shared.argnums, args, shared.signature, bound)
     roles = shared.roles(full, named, {*indices})
     moving = [
         role == "parameter" and is_differentiable(x)
         for role, x in zip(roles, leaves, strict=True)
     ]
-    active = (*(False for _ in captured), *moving)
-    flat = [*captured, *(jnp.asarray(x) for x in leaves)]
-    outs, grads, readings = spec.swept(active, flat)
-    out = jax.tree.unflatten(entry.out_tree, outs)
-    found = iter(grads)
+
+    def sweep(entry: Entry, flat: Sequence[Any]) -> list[Any]:
+        spec = entry.spec
+        types = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in spec.out_avals]
+        check(jax.tree.unflatten(entry.out_tree, types))
+        captured = (False,) * (len(flat) - len(moving))
+        outs, grads, readings = spec.swept((*captured, *moving), flat)
+        return [*outs, *grads, *drift_of(readings, spec.program.guarded)]
+
+    def more(spec: Spec) -> list[Any]:
+        own = spec.in_avals[len(spec.in_avals) - len(moving) :]
+        return [*(a for a, m in zip(own, moving, strict=True) if m), None, None, None]
+
+    entry, flat = shared.used(full, named, leaves, bound, sweep, more)
+    if entry.site is None:
+        return None
+    found = iter(flat)
+    out = [next(found) for _ in entry.spec.out_avals]
+    out = jax.tree.unflatten(entry.out_tree, out)
     rows = iter([next(found) if m else None for m in moving])
     counts = {n % len(args) for n in shared.signature.static_nums if n < len(args)}
     trees = []
@@ -99,7 +108,7 @@ def swept(
         trees.append(jax.tree.unflatten(tree, [next(rows) for _ in given]))
     chosen = [without_static(trees[i]) for i in indices]
     result = chosen[0] if isinstance(shared.argnums, int) else tuple(chosen)
-    return out, result, drift_of(readings, spec.program.guarded)
+    return out, result, Drift(*found)
 
 
 def raise_if_tripped(drift: Drift, spec: Any) -> None:

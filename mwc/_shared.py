@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mwc import _trace
+from mwc._explicit import NotOnAutoAxes, mesh_of, on_auto_axes
 from mwc._options import Options
 from mwc._primitives import call_p
 from mwc._site import Site
@@ -36,6 +37,12 @@ class Entry(NamedTuple):
     out_tree: Any
     has_static: bool
 
+    @property
+    def spec(self) -> Spec:
+        """The function as traced."""
+        assert self.site is not None
+        return self.site.spec
+
 
 class Shared:
     """What a decorated function and its bound methods have in common."""
@@ -54,6 +61,7 @@ class Shared:
         self.argnums = argnums
         self.has_aux = has_aux
         self.entries: dict[Any, Entry] = {}
+        self._explicit: set[Site] = set()  # those that cannot be on Auto axes
         self.jitted = self.jit(lambda *a, **k: wrap(fun(*unwrap(a), **unwrap(k))))
         self.gradients: dict[tuple[int, bool], Any] = {}
 
@@ -114,6 +122,7 @@ class Shared:
             return found, captured
         if len(self.entries) >= _MOST_SPECS:
             self.entries.clear()
+            self._explicit.clear()
         foreign = _jax.outlives(traced)
         if foreign:
             self._refuse_if_strict(foreign)
@@ -142,7 +151,7 @@ class Shared:
 
     def spec(self, args: tuple[Any, ...], kwargs: dict[str, Any], bound: int) -> Spec:
         """The spec of a call, for whoever wants its plan."""
-        full, named, _ = self.prepared(args, kwargs)
+        full, named, leaves = self.prepared(args, kwargs)
         entry, _ = self.entry(full, named, bound)
         if entry.site is None:
             raise MoonwalkUnsupportedError(
@@ -151,7 +160,29 @@ class Shared:
                 remedy="pass values in and out instead of mutating them",
                 source=self.signature.source,
             )
-        return entry.site.spec
+        if mesh_of(entry.spec.in_avals) is not None:
+            return self._spec_where_used(full, named, leaves, bound)
+        return entry.spec
+
+    def _spec_where_used(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+        bound: int,
+    ) -> Spec:
+        """The spec of a call, on the mesh axes on which it is differentiated."""
+        seen: list[Spec] = []
+
+        def see(entry: Entry, flat: Sequence[Any]) -> list[Any]:
+            seen.append(entry.spec)
+            return self._bind(entry, flat)
+
+        def call(leaves: Sequence[Any]) -> None:
+            self.used(*self._refilled(args, kwargs, leaves), leaves, bound, see)
+
+        jax.jit(call).trace(leaves)
+        return seen[-1]
 
     def roles(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: set[int]
@@ -173,15 +204,72 @@ class Shared:
             # As jit does then: plain Python, in which values can be looked at.
             return self.fun(*args, **kwargs)
         full, named, leaves = self.prepared(args, kwargs)
-        entry, captured = self.entry(full, named, bound)
+        entry, outs = self.used(full, named, leaves, bound, self._bind)
         if entry.site is None:
             return self.fun(*args, **kwargs)
-        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
-        jaxpr = entry.site.spec.jaxpr
-        with _trace.unescaped(self.signature):
-            outs = call_p.bind(*captured, *leaves, site=entry.site, jaxpr=jaxpr)
         out = jax.tree.unflatten(entry.out_tree, outs)
         return unwrap(out) if entry.has_static else out
+
+    def _bind(self, entry: Entry, flat: Sequence[Any]) -> list[Any]:
+        with _trace.unescaped(self.signature):
+            return call_p.bind(*flat, site=entry.site, jaxpr=entry.spec.jaxpr)
+
+    def used(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+        bound: int,
+        use: Callable[[Entry, Sequence[Any]], list[Any]],
+        more: Callable[[Spec], Sequence[Any]] = lambda spec: (),
+    ) -> tuple[Entry, list[Any]]:
+        """What is kept for a call, and what `use` makes of it and of its flat arrays.
+
+        Where arrays are split over Explicit mesh axes, `use` is called on Auto ones if
+        the function can be.
+
+        Args:
+          args: the positional arguments, prepared.
+          kwargs: the keyword arguments, prepared.
+          leaves: the leaves that are traced.
+          bound: the number of bound arguments.
+          use: gives the function's results, and more; not called without a plan.
+          more: types of what else `use` gives.
+        """
+        entry, captured = self.entry(args, kwargs, bound)
+        if entry.site is None:
+            return entry, []
+        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
+        spec = entry.spec
+        mesh = mesh_of(spec.in_avals)
+        if mesh is not None and entry.site not in self._explicit:
+
+            def inside(leaves: Sequence[Any]) -> list[Any]:
+                again = self._refilled(args, kwargs, leaves)
+                try:
+                    inner, captured = self.entry(*again, bound)
+                except Exception as error:
+                    # Of whatever kind: on the explicit mesh it was traced.
+                    raise NotOnAutoAxes from error
+                return use(inner, [*captured, *leaves])
+
+            try:
+                like = [*spec.out_avals, *more(spec)]
+                return entry, on_auto_axes(mesh, inside, leaves, like)
+            except NotOnAutoAxes:
+                self._explicit.add(entry.site)
+        return entry, use(entry, [*captured, *leaves])
+
+    def _refilled(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Prepared arguments with other leaves that are traced."""
+        tree = jax.tree.structure(self.signature.dynamic(args, kwargs))
+        kept, named = jax.tree.unflatten(tree, leaves)
+        nums = {n % len(args) for n in self.signature.static_nums if n < len(args)}
+        rest = iter(kept)
+        full = (x if i in nums else next(rest) for i, x in enumerate(args))
+        return tuple(full), kwargs | named
 
 
 def _build(jaxpr: Any, roles: tuple[str, ...], options: Options) -> Any:

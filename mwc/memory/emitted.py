@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from passes import _jax
+
 _PREFIX = "moonwalk_"
 
 
@@ -17,9 +19,11 @@ def emitted(eqn: Any) -> list[tuple[Any, int]] | None:
     """The (jaxpr, trips) that an equation runs, None if it is no primitive of ours."""
     if not eqn.primitive.name.startswith(_PREFIX):
         return None
-    specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
 
-    def evaluate(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         return eqn.primitive.impl(*args, **eqn.params)
 
-    return [(jax.make_jaxpr(evaluate)(*specs), 1)]
+    def evaluate(*args: Any) -> Any:
+        return _jax.bind(eqn, list(args), instead=run)
+
+    return [(jax.make_jaxpr(evaluate)(*(v.aval for v in eqn.invars)), 1)]

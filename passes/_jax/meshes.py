@@ -59,7 +59,8 @@ def varying(value: Any) -> frozenset[Any]:
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """Zeros that vary over the same mesh axes as the aval `like`, for loop carries."""
-    found, axes = jax.numpy.zeros(shape, dtype), tuple(_varying(like))
+    # A scalar by itself is on no mesh: a loop over an explicit axis of `vmap` fails.
+    found, axes = jax.numpy.zeros((1, *shape), dtype)[0], tuple(_varying(like))
     return jax.lax.pcast(found, axes, to="varying") if axes else found
 
 
