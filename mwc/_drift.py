@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mwc import _trace
 from mwc._shared import Entry, Shared
@@ -120,9 +121,18 @@ def raise_if_tripped(drift: Drift, spec: Any) -> None:
     if not bool(drift.tripped):
         return
     row = spec.program.plan.stages[int(drift.stage)]
+    where = f"at stage {int(drift.stage)}, {row.name}"
+    if not np.isfinite(drift.worst):
+        raise MoonwalkDriftError(
+            f"a rebuilt cotangent of {spec.name} is not finite {where}",
+            expected="numbers in the data, in the parameters and in the loss",
+            remedy="look where they come from with jax.config.update('jax_debug_nans', "
+            "True) on the undecorated function; a weight that is zero does it too",
+            source=row.source,
+        )
     raise MoonwalkDriftError(
         f"a rebuilt cotangent of {spec.name} was off by {float(drift.worst):.3g} times "
-        f"the limit at stage {int(drift.stage)}, {row.name}",
+        f"the limit {where}",
         expected="weights that are what they were declared to be",
         remedy="bring them back with mwc.constraints.retract, build them with "
         "mwc.constraints.orthogonal, or leave 'moonwalk' out of strategies; a "

@@ -52,6 +52,6 @@ def on_auto_axes(
     axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     shardings = (getattr(a, "sharding", None) for a in like)
     places = [getattr(s, "spec", PartitionSpec()) for s in shardings]
-    run = jax.sharding.auto_axes(fun, axes=axes, out_sharding=places)
+    run: Any = jax.sharding.auto_axes(fun, axes=axes, out_sharding=places)
     with jax.sharding.use_abstract_mesh(mesh):
         return run(list(args))

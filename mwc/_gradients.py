@@ -119,9 +119,9 @@ class Gradients:
         nums = [argnums] if isinstance(argnums, int) else list(argnums)
         for num, arg in zip(nums, chosen, strict=True):
             leaves = jax.tree.leaves(arg)
-            if any(map(is_differentiable, leaves)):
+            if not leaves or any(map(is_differentiable, leaves)):
                 continue
-            kinds = sorted({_describe(leaf) for leaf in leaves}) or ["nothing"]
+            kinds = sorted({_describe(leaf) for leaf in leaves})
             raise MoonwalkTypeError(
                 f"argument {num} of {signature.name}, named by argnums, has no "
                 f"differentiable leaf: it holds {', '.join(kinds)}",

@@ -81,6 +81,8 @@ class Judge:
         wide, found, bits = self._found[key]
         if not found.can_rebuild:
             return f"{found.verdict.value}: {found.reason}"
+        if sum(inverse.claimed for inverse in found.inverses) > 1:
+            return "several of its maps rest on claims, and the guard sees them as one"
         if wide is not linear and any(_narrow_only(i) for i in found.inverses):
             return "in less than 32 bits operands tie, and users' rules are not called"
         if sum(packed_bytes(v) for v in bits) >= nbytes(state):

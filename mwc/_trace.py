@@ -293,4 +293,11 @@ def positions(
                 source=signature.source,
             )
         found.append(index + bound)
+    if len(set(found)) < len(found):
+        raise MoonwalkValueError(
+            f"argnums={argnums!r} names an argument of {signature.name} twice",
+            expected="each argument at most once",
+            remedy="count negative numbers from the last positional argument",
+            source=signature.source,
+        )
     return found

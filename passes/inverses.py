@@ -73,9 +73,14 @@ class Inverse:
     fact: Fact | None = None
     ties: bool = False
 
+    @property
+    def claimed(self) -> bool:
+        """Whether the rule rests on what the user says of a map."""
+        return self.rule is not None and self.verdict is Verdict.GENERIC
+
 
 # Linear maps that only move numbers: P^T P = I.
-_MOVES = frozenset(
+MOVES = frozenset(
     {"transpose", "reshape", "rev", "squeeze", "expand_dims", "copy", "copy_p", "neg"}
     | {"pad", "convert_element_type", "reduce_precision", "mwc_declared"}
 )
@@ -190,7 +195,7 @@ def _moved(eqn: Eqn) -> float | None:
         return size(eqn.outvars[0]) / max(1, size(eqn.invars[0]))
     if name == "reduce_sum":
         return 1.0 if size(eqn.outvars[0]) == size(eqn.invars[0]) else None
-    return 1.0 if name in _MOVES else None
+    return 1.0 if name in MOVES else None
 
 
 def _operands(link: Link) -> Iterable[tuple[Eqn, Any]]:
@@ -231,6 +236,6 @@ def _free_weight(linear: Linear, link: Link) -> bool:
             if made.primitive.name not in plain:
                 break
             atom = made.invars[0]
-        if atom is None or atom in inputs:
+        if atom is None or (is_var(atom) and atom in inputs):
             return True
     return False

@@ -45,6 +45,9 @@ _MOST_BYTES = 2**28  # of the values that a probe makes
 _MOST_FLOPS = 2e10
 _POINTS = 4096
 _LEAST = 64  # numbers that are looked at
+_COUNTS = 4  # integers are drawn from 0 to 3
+_CHEAP_BYTES = 2**24
+_LEVELS = 0.0, 0.5
 _WIDE = 8  # draws that are enough where each looks at many numbers
 
 
@@ -115,9 +118,12 @@ def probe(
     # two such sums over random branches agree to rounding less than once in ten.
     most = _WIDE if size(target) >= _POINTS else _LEAST
     draws = max(1 if steady else 2, min(most, -(-_LEAST // size(source))))
+    if any(size(v) < _LEAST for v in inputs):
+        # A count, a key, one threshold for all: each draw sees one value of it.
+        draws = max(draws, _WIDE if points or bytes_ < _CHEAP_BYTES else 2)
     draws = draws if inputs else 1
 
-    def look_at_all() -> tuple[list[list[float]], list[float]]:
+    def look_at_all() -> tuple[list[list[float]], list[list[float]]]:
         there = _off_mesh(fwd, fwd.needed(atoms))
         back = _off_mesh(bwd, bwd.needed([target], [source]))
 
@@ -136,14 +142,14 @@ def probe(
         look = _Look(run if points else jax.jit(run))
         rows = []
         for draw in range(draws):
-            size_ = 1 + 0.7 * (draw % 2)
-            made = [_random(rng, v.aval, points, size_) for v in inputs]
-            h = _random(rng, source.aval, points)
+            drawn = _Draw(rng, draw, points, steady)
+            made = [drawn(v.aval) for v in inputs]
+            h = _Draw(rng, 0, points, False)(source.aval)
             rows.append(look(made, h))
-        return rows, look([_level(x) for x in made], h)
+        return rows, [look([_level(x, at) for x in made], h) for at in _LEVELS]
 
     try:
-        rows, on_ties = _apart(look_at_all)
+        rows, level = _apart(look_at_all)
     except (NotImplementedError, RuntimeError, ValueError):
         return None  # a kernel of another platform
     except NameError:
@@ -154,15 +160,19 @@ def probe(
     close = max((64 if eps < 1e-4 else 8) * eps, 1e-12)
     same = np.max(np.abs(scales - scale)) <= close * scale
     known = bool(same and np.max(lost) <= close and scale > 0)
-    zeros = bool(np.min(least) == 0)
+    diagonal = bool(np.max(apart) <= close)
+    # Where all is zero, as in rows that pad a batch, a kink may be flat.
+    flat = diagonal and steady and level[0][-1] == 0
+    known = known and not flat
+    zeros = bool(np.min(least) == 0) or flat
     growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
     return Probed(
         scale=_rounded(scale, eps) if known else None,
-        diagonal=bool(np.max(apart) <= close),
+        diagonal=diagonal,
         zeros=zeros,
         amplification=growth,
         steady=steady,
-        ties=bool(known and not on_ties[1] <= close),
+        ties=bool(known and not max(lost for _, lost, *_ in level) <= close),
     )
 
 
@@ -212,11 +222,11 @@ class _Look:
             return _seen(*(x.astype(wide) for x in arrays))
 
 
-def _level(x: Any) -> Any:
+def _level(x: Any, at: float) -> Any:
     """An array in which everything ties."""
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    return jnp.asarray(np.full(x.shape, 0.5, x.dtype))
+    return jnp.asarray(np.full(x.shape, at, x.dtype))
 
 
 def _images(pull: Callable[[Any], Any], h: Any) -> tuple[Any, Any, Any]:
@@ -304,20 +314,47 @@ def _spread(x: Any) -> Any:
     return x if jnp.ndim(x) == 1 else jnp.broadcast_to(jnp.ravel(x)[:1], (_POINTS,))
 
 
-def _random(
-    rng: np.random.Generator, aval: Any, points: bool = False, size: float = 1.0
-) -> Any:
-    shape, dtype = aval.shape, aval.dtype
-    if points and shape:
-        shape = (_POINTS,)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        keys = jax.random.split(jax.random.key(0), max(1, math.prod(shape)))
-        return keys.reshape(shape)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        both = rng.standard_normal((2, *shape))
-        return jnp.asarray(size * (both[0] + 1j * both[1]), dtype)
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return jnp.asarray(size * rng.standard_normal(shape, np.float32), dtype)
-    if dtype == jnp.bool_:
-        return jnp.asarray(rng.integers(0, 2, shape, np.int8), bool)
-    return jnp.zeros(shape, dtype)
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """Random arrays of one draw.
+
+    Attributes:
+      rng: where they come from.
+      draw: the number of the draw; single numbers differ from one to the next.
+      points: whether arrays are vectors of independent elements.
+      wide: whether some numbers are large and some small: thresholds may be
+        anywhere, but what is smooth, or solves, wants numbers near one.
+    """
+
+    rng: np.random.Generator
+    draw: int
+    points: bool
+    wide: bool
+
+    def __call__(self, aval: Any) -> Any:
+        """An array of a type."""
+        rng, dtype = self.rng, aval.dtype
+        shape = (_POINTS,) if self.points and aval.shape else aval.shape
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            keys = jax.random.split(
+                jax.random.key(self.draw), max(1, math.prod(shape))
+            )
+            return keys.reshape(shape)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            found = rng.standard_normal(shape, np.float32)
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                found = found + 1j * rng.standard_normal(shape, np.float32)
+            return jnp.asarray(found * self._sizes(shape), dtype)
+        most = 2 if dtype == jnp.bool_ else _COUNTS
+        if math.prod(shape) == 1:
+            return jnp.full(shape, self.draw % most, dtype)
+        return jnp.asarray(rng.integers(0, most, shape), dtype)
+
+    def _sizes(self, shape: tuple[int, ...]) -> Any:
+        sizes = np.full(shape, 1 + 0.7 * (self.draw % 2))
+        if not self.wide:
+            return sizes
+        if math.prod(shape) == 1:
+            return sizes * (1, 1e3, 1e-3)[self.draw % 3]
+        far = 10.0 ** self.rng.uniform(-3, 3, shape)
+        return np.where(self.rng.integers(0, 2, shape), far, sizes)

@@ -104,7 +104,7 @@ def _judged(
         return tuple(one for one in known if one is not None)
     found: list[Inverse] = []
     for link, one in zip(links, known, strict=True):
-        found.append(one or tried(linear, link))
+        found.append(_seen(linear, link, one) or tried(linear, link))
         for count in range(2, min(_TOGETHER, len(found)) + 1):
             if found[-1].rule is not None:
                 break
@@ -115,6 +115,18 @@ def _judged(
             if whole.rule is not None:
                 found[-count:] = [whole]
     return tuple(found)
+
+
+def _seen(linear: Linear, link: Link, one: Inverse | None) -> Inverse | None:
+    """What is known of a link; a claim about a map without weights is run to see."""
+    if one is None or one.rule is not Rule.TRANSPOSE or not one.claimed:
+        return one
+    made = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
+    reads = linear.fwd.inputs_of([made[v] for v in link.reads if v in made])
+    if reads & {*linear.fwd.invars}:
+        return one
+    seen = tried(linear, link)
+    return one if seen.rule is None else seen
 
 
 def _never(state: Var, why: str) -> Submersion:

@@ -118,6 +118,112 @@ def test_one_gain_of_the_data():
     check(loss, weights, 5 * x)
 
 
+FAR = 100 * np.random.default_rng(3).standard_normal((BATCH, WIDTH))
+
+# A kink, what each layer reads of its own, and the state that the chain starts with.
+RARE = {
+    "a count": (lambda x, k: jnp.abs(x) * (1 + k), np.arange(4), None),
+    "a far threshold": (lambda x, _: jnp.where(x > 9, 0.9 * x, x), np.zeros(4), FAR),
+    "a far clip": (lambda x, _: jnp.clip(x, -50, 50), np.zeros(4), FAR),
+    "one gain": (
+        lambda x, g: jnp.abs(x) * jnp.where(g > 99, 0.9, 1.0),
+        FAR[:4, 0],
+        None,
+    ),
+    "layers dropped": (
+        lambda x, k: jnp.where(
+            jax.random.bernoulli(jax.random.key(k)), jnp.abs(x) / 0.9, x
+        ),
+        *(np.arange(4), None),
+    ),
+    "flat at zero": (lambda x, _: jnp.maximum(x, -x), np.zeros(4), 0 * FAR),
+    "flat at zero, by ReLU": (
+        lambda x, _: jax.nn.relu(x) - 0.9 * jax.nn.relu(-x),
+        *(np.zeros(4), 0 * FAR),
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("name", sorted(RARE))
+def test_what_a_draw_must_not_miss(name, loop):
+    kink, own, start = RARE[name]
+    weights, x = arguments(4)
+
+    def loss(weights, own, x):
+        step = lambda x, p: (kink(rotate(x, p[0]), p[1]), None)  # noqa: E731
+        if loop:
+            x, _ = lax.scan(step, x, (jnp.stack(weights), own))
+        else:
+            for w, k in zip(weights, own, strict=True):
+                x, _ = step(x, (w, k))
+        return jnp.mean((x - 1) ** 2)
+
+    check(loss, weights, own, x if start is None else start)
+
+
+# Maps that are what they are declared to be, with a factor beside the weight.
+BESIDE = {
+    "after": mwc.coisometric(lambda h, w: 3 * (h @ w), scale=9.0),
+    "before": mwc.coisometric(lambda h, w: (h / 2) @ w, scale=0.25),
+    "both": mwc.coisometric(lambda h, w: (h / 2) @ (2 * w)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BESIDE))
+def test_a_claim_is_of_the_map_not_of_the_weight(name):
+    def loss(weights, h):
+        for w in weights:
+            h = BESIDE[name](jnp.abs(h), w)
+        return jnp.mean(h**2)
+
+    assert check(loss, *arguments()) == DEPTH
+
+
+def test_a_claim_about_some_columns_of_a_weight():
+    first = mwc.coisometric(lambda h, w: (h @ w)[:, :3])
+
+    def loss(weights, h):
+        h = first(body(weights[:-1], h), weights[-1])
+        return jnp.mean(jnp.abs(h) ** 3)
+
+    weights, h = arguments()
+    weights[-1] = weights[-1].at[:, 3:].multiply(2)
+    assert check(loss, weights, h) == DEPTH
+
+
+def test_false_claims_that_cancel():
+    """The guard sees the end of a stage alone."""
+    double = mwc.coisometric(lambda h: 2 * h, scale=2.0)  # 4, and the compiler sees it
+    half = mwc.coisometric(lambda h: h / 2, scale=0.5)
+    grow = mwc.coisometric(lambda h, g: g * h, scale=2.0)
+    shrink = mwc.coisometric(lambda h, g: h / g, scale=0.5)
+    weights, h = arguments()
+    biases = 0.1 * jnp.ones((DEPTH, WIDTH))
+
+    def loss(params, h, apart):
+        weights, biases, g = params
+        for w, b in zip(weights, biases, strict=True):
+            h = jnp.abs(h)
+            h = shrink(grow(h, g) + b, g) if apart else half(double(h) + b)
+            h = rotate(h, w)
+        return jnp.mean((h - 1) ** 2)
+
+    params = weights, biases, jnp.full(WIDTH, 2.0)
+    assert check(lambda params, h: loss(params, h, False), params, h) == DEPTH
+    assert check(lambda params, h: loss(params, h, True), params, h) == 0
+
+
+def test_a_loop_of_slopes_behind_a_product():
+    """A loop that is one stage has a constant among its residuals."""
+
+    def loss(ws, x):
+        step = lambda h, w: (jax.nn.leaky_relu(h @ w, 0.9), None)  # noqa: E731
+        return jnp.mean((lax.scan(step, x @ ws[0], ws)[0] @ ws[0]) ** 2)
+
+    check(loss, jnp.stack(arguments(3)[0]), arguments()[1])
+
+
 def test_a_map_that_is_mapped_over_its_weights_alone():
     def loss(weights, x):
         h = body(weights[:2], rotate(x, weights[0]))

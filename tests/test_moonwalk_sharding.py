@@ -245,7 +245,6 @@ def test_a_loop_of_a_sharded_batch_needs_as_little_on_explicit_axes():
         mesh, *args = placed(kind, params, batch)
         with jax.set_mesh(mesh):
             report = moonwalk_compile(loss).memory(*args, target="cpu")
-            assert not [row.note for row in report.rows if row.method == "moonwalk"][0]
             temp = {row.method: row.temp_bytes for row in report.rows}
             assert temp["moonwalk"] < temp["backprop"] / 3
             found.append(temp["moonwalk"])

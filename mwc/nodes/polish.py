@@ -22,12 +22,13 @@ from jax import lax
 
 from passes.flops import eqn_flops
 from passes.graph import Var, is_var, nbytes
-from passes.inverses import Inverse, Rule, Verdict
+from passes.inverses import MOVES, Inverse, Rule, Verdict
 from passes.widen import is_narrow
 
 Array = Any
 
 _STEPS, _ROWS = 3, 4
+_PLAIN = MOVES - {"pad"}
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
@@ -68,6 +69,9 @@ def claim(inverse: Inverse, residuals: Mapping[Var, Any]) -> Claim | None:
     (eqn,) = products
     weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in residuals]
     if eqn.primitive.name != "dot_general" or len(weights) != 1:
+        return None
+    # A factor beside the weight, or a part of its columns: the claim is not of it.
+    if any(e is not eqn and e.primitive.name not in _PLAIN for e in inverse.link.eqns):
         return None
     ((side, v),) = weights
     # What is orthogonal by construction is so no longer once it is rounded.
