@@ -19,10 +19,13 @@ from mwc._assemble import Assembly
 from mwc._describe import describe, guarded_rows
 from mwc._plan import Plan
 from mwc.chained import Chained
+from mwc.errors import MoonwalkUnsupportedError
 from mwc.stages import DRIFT
 from passes import _jax
-from passes.graph import Var, is_var, read
+from passes.depend import carries_tangent
+from passes.graph import Graph, Var, is_var, read
 from passes.inline import inline
+from passes.linearise import is_inexact
 from passes.vijps import marked
 
 Array = Any
@@ -43,11 +46,37 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     parameters = [
         v for v, r in zip(graph.invars, roles, strict=True) if r == "parameter"
     ]
-    assembly = Assembly(graph, parameters, graph.invars, options)
+    assembly, still = _assembled(graph, parameters, options)
     extra = 2.0 if options.extra_forwards is None else options.extra_forwards
     chained, decision = assembly.schedule(extra)
     plan = describe(chained, decision, jaxpr, roles, options.strict)
-    return Emitted(jaxpr, chained, plan, guarded_rows(chained.node))
+    return Emitted(jaxpr, chained, plan, guarded_rows(chained.node), still)
+
+
+def _assembled(
+    graph: Graph, parameters: Sequence[Var], options: Any
+) -> tuple[Assembly, dict[Var, Any]]:
+    """The program, and inputs that it cannot be differentiated in.
+
+    Those are data that reach an equation without a reverse mode, each with that
+    equation, where the program cannot be differentiated in all of its inputs.
+    """
+    try:
+        return Assembly(graph, parameters, graph.invars, options), {}
+    except (NotImplementedError, TypeError, ValueError):
+        stuck = [eqn for eqn in graph.eqns if _jax.has_no_reverse(eqn)]
+        still: dict[Var, Any] = {}
+        for v in graph.invars:
+            moving = carries_tangent(graph, [v], is_inexact)
+            ends = [
+                e for e in stuck if any(is_var(x) and x in moving for x in e.invars)
+            ]
+            if ends and v not in parameters:
+                still[v] = ends[0]
+        if not still:
+            raise
+        sources = [v for v in graph.invars if v not in still]
+        return Assembly(graph, parameters, sources, options), still
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +87,7 @@ class Emitted:
     chained: Chained
     plan: Plan
     guarded: tuple[int, ...]
+    still: dict[Var, Any]
 
     def forward(
         self, active: tuple[bool, ...], args: Sequence[Array]
@@ -79,6 +109,9 @@ class Emitted:
     ) -> list[Array]:
         """Cotangents of the wanted arguments, then readings of the guards."""
         graph = self.chained.graph
+        for v, w in zip(graph.invars, wanted, strict=True):
+            if w and v in self.still:
+                self._refuse(self.still[v])
         values = dict(zip(graph.invars, args, strict=True))
         asked = self._reached(wanted) | ({DRIFT} if drift else set())
         due: dict[Var, Array] = {}
@@ -93,6 +126,15 @@ class Emitted:
         ]
         readings = due.get(DRIFT, jnp.zeros(len(self.guarded), jnp.float32))
         return [*found, readings] if drift else found
+
+    def _refuse(self, eqn: Any) -> None:
+        raise MoonwalkUnsupportedError(
+            f"{eqn.primitive} has no reverse mode, and a gradient is asked for that "
+            "leads through it",
+            expected="gradients of arguments that do not reach it",
+            remedy="stop_gradient what enters it, or use jax.lax.fori_loop or scan",
+            source=_jax.source_line(eqn),
+        )
 
     def _reached(self, flags: tuple[bool, ...]) -> set[Var]:
         pairs = zip(self.chained.graph.invars, flags, strict=True)

@@ -336,9 +336,7 @@ class _Draw:
         rng, dtype = self.rng, aval.dtype
         shape = (_POINTS,) if self.points and aval.shape else aval.shape
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-            keys = jax.random.split(
-                jax.random.key(self.draw), max(1, math.prod(shape))
-            )
+            keys = jax.random.split(jax.random.key(self.draw), max(1, math.prod(shape)))
             return keys.reshape(shape)
         if jnp.issubdtype(dtype, jnp.inexact):
             found = rng.standard_normal(shape, np.float32)

@@ -322,6 +322,13 @@ def test_raise_is_an_error_outside_and_nan_inside():
     assert np.isnan(jax.jit(jax.grad(ours))(bad, batch)[-2][0]).all()
 
 
+def test_data_that_are_no_numbers_are_not_blamed_on_weights():
+    ours = moonwalk_compile(chain(), strategies=FORCED, on_drift="raise")
+    params, (x, y) = harmed(0)
+    with pytest.raises(mwc.MoonwalkDriftError, match=r"(?s)not finite.*debug_nans"):
+        ours.value_and_grad(params, (jnp.asarray(x).at[0, 0].set(jnp.nan), y))
+
+
 def test_recompute_says_that_it_is_not_there():
     with pytest.raises(mwc.MoonwalkError, match=r"(?s)recompute.*remedy.*raise"):
         moonwalk_compile(chain(), on_drift="recompute")

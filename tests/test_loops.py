@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+import mwc
 from mwc import _engine, _planner, moonwalk_compile
 from mwc._options import make_options
 from mwc._planner import loop_extra
@@ -289,3 +290,27 @@ def test_some_operands_alone():
         mine = moonwalk_compile(loss, argnums=argnums, extra_forwards=1)
         grads = [jax.jit(jax.grad(f, argnums))(w, b, h) for f in (loss, mine)]
         assert_same(*grads)
+
+
+def halved(x):
+    return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: x / 2, x)
+
+
+def called_back(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda x: np.asarray(x) / 2, shape, x)
+
+
+@pytest.mark.parametrize("made", [halved, called_back])
+def test_what_has_no_reverse_mode_on_the_way_of_data(made):
+    def loss(w, x):
+        return jnp.sum((jnp.tanh(made(x) @ w) + made(x) @ w) ** 2)
+
+    decorated = moonwalk_compile(loss)
+    w, x = jnp.arange(6.0).reshape(2, 3), jnp.ones((4, 2))
+    for run in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        np.testing.assert_allclose(run(decorated)(w, x), run(loss)(w, x), rtol=1e-5)
+    with pytest.raises(Exception, match=r"differentiation|JVP"):
+        jax.grad(loss, argnums=1)(w, x)
+    with pytest.raises(mwc.MoonwalkError, match=r"(?s)reverse mode.*stop_gradient"):
+        jax.grad(decorated, argnums=1)(w, x)

@@ -2,6 +2,7 @@
 
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,22 @@ def test_inputs_of_every_kind():
         *(loss, None, args, {"mode": "sum"}), has_aux=True, argnums=(0, 1), tries=1
     )
     assert all(row.temp_bytes is not None for row in report.rows)
+
+
+def test_numbers_of_a_module_stay_inside():
+    """A dropout of equinox asks for a key where its rate is an array."""
+    layer, rest = eqx.nn.Linear(4, 4, key=jax.random.key(0)), eqx.nn.Dropout(0.0)
+
+    def loss(model, x):
+        layer, rest = model
+        return jnp.mean(rest(jax.vmap(layer)(x)) ** 2)
+
+    call = FlatCall(((layer, rest), jnp.ones((2, 4))), {}, 0, False)
+    assert [spec.shape for spec in call.specs] == [(4, 4), (4,), (2, 4)]
+    value, *_ = call.gradient(call.bind(loss), True)(
+        *(layer.weight, layer.bias, jnp.ones((2, 4)))
+    )
+    np.testing.assert_allclose(value, loss((layer, rest), jnp.ones((2, 4))))
 
 
 def test_static_arguments_stay_inside():

@@ -1,7 +1,7 @@
 """Arguments of any structure as a flat list of arrays, and back.
 
-Leaves that have no array type (functions in an equinox module, strings) are static:
-they stay inside the function. Arrays are taken by shape, dtype and, on a mesh,
+Leaves that are not traced (functions and numbers in an equinox module, strings) are
+static: they stay inside the function. Arrays are taken by shape, dtype and, on a mesh,
 sharding alone.
 """
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mwc._trace import unwrap, wrap
 from mwc.errors import MoonwalkTypeError
 
 
@@ -51,7 +52,8 @@ class FlatCall:
                     f"argnums names argument {n}, and there are {len(args)}"
                 )
         positions = {n % len(args) for n in positions}
-        paths, self._tree = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
+        call = tuple(map(wrap, args)), {k: wrap(x) for k, x in kwargs.items()}
+        paths, self._tree = jax.tree_util.tree_flatten_with_path(call)
         self._leaves = [leaf for _, leaf in paths]
         static = {n % len(args) for n in static_argnums if n < len(args)}
         names = set(static_argnames)
@@ -78,7 +80,7 @@ class FlatCall:
             leaves = list(self._leaves)
             for i, array in zip(self._dynamic, arrays, strict=True):
                 leaves[i] = array
-            args, kwargs = jax.tree.unflatten(self._tree, leaves)
+            args, kwargs = unwrap(jax.tree.unflatten(self._tree, leaves))
             out = fun(*args, **kwargs)
             loss, aux = out if self._has_aux else (out, None)
             if not is_array(loss):

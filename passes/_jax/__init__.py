@@ -59,6 +59,13 @@ def evaluated(size: Any, value: int) -> int:
     return int(size._evaluate(dict.fromkeys(size._get_vars(), value)))
 
 
+def has_no_reverse(eqn: Eqn) -> bool:
+    """Whether JAX has no reverse mode of an equation, or of one inside of it."""
+    if eqn.primitive.name in ("while", "pure_callback", "io_callback"):
+        return True
+    return any(has_no_reverse(e) for j in sub_jaxprs(eqn) for e in opened(j)[0].eqns)
+
+
 def is_drop(var: Any) -> bool:
     """Whether an output variable is never read."""
     return isinstance(var, core.DropVar)
