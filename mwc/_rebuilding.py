@@ -200,7 +200,7 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
-    sketches = 4 * loop.length * math.prod(planned_shape(one.result, rows=True))
+    sketches = 4 * loop.length * math.prod(planned_shape(one.result, one.found.rows))
     return RebuiltLoop(
         loop.graph,
         one.stage,

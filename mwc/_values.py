@@ -99,7 +99,7 @@ def kept_for(stage: Stage, i: int, stored: bool, rebuilt: bool) -> list[Value]:
         found += [_residual(fwd, v, i) for v in keep]
     if rebuilt:
         (result,) = {v for v in stage.graph.outvars if is_var(v) and is_inexact(v)}
-        found.append(_sketch(i, result, rows=True))
+        found.append(_sketch(i, result, 1))
     return found
 
 
@@ -135,8 +135,8 @@ def _residual(fwd: Graph, v: Var, i: int) -> Value:
     return Value(name, kind, extents(v), dtype, bytes_, i, (i,), True, source=source)
 
 
-def _sketch(i: int, ct: Var, rows: bool, steps: tuple[int, ...] = ()) -> Value:
-    shape = (*steps, *planned_shape(ct, rows))
+def _sketch(i: int, ct: Var, kept: int, steps: tuple[int, ...] = ()) -> Value:
+    shape = (*steps, *planned_shape(ct, kept))
     bytes_ = 4 * math.prod(shape)
     return Value("sketch", "sketch", shape, "float32", bytes_, i, (i,), True)
 

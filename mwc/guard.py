@@ -23,6 +23,7 @@ sums cancel at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,7 @@ from passes.graph import Var, extents
 Array = Any
 
 _FEW, _BUCKETS, _LONG, _SUMS = 64, 16, 256, 1024
+_FEATURES = 8  # at least, of a row of several axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +50,23 @@ class Sketcher:
     Attributes:
       signs: for each shape (buckets, features) an array of +-1.
       weights: one factor a row, sign included; None where rows are not told apart.
+      rows: how many leading axes are those of rows.
     """
 
     signs: dict[tuple[int, int], Array]
     weights: Array | None
+    rows: int
 
     def __call__(self, h: Array) -> Array:
         """The sketch, [buckets, groups], in float32 or float64."""
-        count, features = _flat(h, self.weights is not None)
-        return _sketch(h, self.signs[_buckets(count), features], self.weights)
+        count, features = _flat(h, self.rows)
+        signs = self.signs[_buckets(count), features]
+        return _sketch(h, signs, self.weights, self.rows)
 
 
-@jax.jit
-def _sketch(h: Array, signs: Array, weights: Array | None) -> Array:
+@functools.partial(jax.jit, static_argnames="rows")
+def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
-    rows = weights is not None
     (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)
@@ -83,26 +87,38 @@ def _sketch(h: Array, signs: Array, weights: Array | None) -> Array:
     return signed.reshape(-1, kept, groups, size).sum((0, 3))
 
 
-def sketch_shape(ct: Any, rows: bool) -> tuple[int, int]:
+def sketch_shape(ct: Any, rows: int) -> tuple[int, int]:
     """Buckets of rows, if they are kept, and groups of features of a sketch.
 
     Args:
       ct: the cotangent, or what has its shape and dtype.
-      rows: whether the leading axis is that of rows.
+      rows: how many leading axes are those of rows.
     """
     count, features = _flat(ct, rows)
     kept = min(_BUCKETS, count) if features < _FEW else 1
     return kept, min(_SUMS, features)
 
 
-def planned_shape(ct: Var, rows: bool) -> tuple[int, int]:
+def planned_shape(ct: Var, kept: int) -> tuple[int, int]:
     """`sketch_shape` of a variable, symbolic dimensions being nominal."""
-    return sketch_shape(jax.ShapeDtypeStruct(extents(ct), ct.aval.dtype), rows)
+    like = jax.ShapeDtypeStruct(extents(ct), ct.aval.dtype)
+    return sketch_shape(like, row_axes([like], kept))
 
 
-def _flat(ct: Any, rows: bool) -> tuple[int, int]:
+def row_axes(cts: Sequence[Any], kept: int) -> int:
+    """How many of the leading axes that are kept are told apart as rows.
+
+    The first, and more as long as their weights are few against each cotangent.
+    """
+    axes = min([kept, *(len(ct.shape) for ct in cts)])
+    while axes > 1 and any(_flat(ct, axes)[1] < _FEATURES for ct in cts):
+        axes -= 1
+    return axes
+
+
+def _flat(ct: Any, rows: int) -> tuple[int, int]:
     """Rows and features, real and imaginary parts apart."""
-    count = ct.shape[0] if rows and ct.shape else 1
+    count = math.prod(ct.shape[:rows])
     parts = 2 if jnp.issubdtype(ct.dtype, jnp.complexfloating) else 1
     return count, parts * math.prod(ct.shape) // max(1, count)
 
@@ -114,34 +130,35 @@ def _buckets(count: int) -> int:
     return _BUCKETS * -(-count // (_BUCKETS * _LONG))
 
 
-def sketcher(last: Array, cts: Sequence[Any], rows: bool) -> Sketcher:
+def sketcher(last: Array, cts: Sequence[Any], kept: int) -> Sketcher:
     """The sketcher of a run.
 
     Args:
       last: the cotangent that enters sweep R.
       cts: all cotangents of the run, or what has their shapes and dtypes.
-      rows: whether the leading axis is that of rows throughout.
+      kept: how many leading axes are those of rows throughout.
     """
     weights = None
-    if rows and last.ndim:
-        size = jnp.abs(last.reshape(last.shape[0], -1)).max(-1).astype(jnp.float32)
+    rows = row_axes([last, *cts], kept)
+    count = math.prod(last.shape[:rows])
+    if rows:
+        size = jnp.abs(last.reshape(count, -1)).max(-1).astype(jnp.float32)
         fine = (size > 0) & jnp.isfinite(size)
         power = jnp.floor(jnp.log2(jnp.where(fine, size, 1)))
         # A row of zeros has nothing to compare; a row that is not finite must trip.
         scale = jnp.where(fine, jnp.exp2(-jnp.clip(power, -126, 126)), 1)
         scale = jnp.where(size == 0, 0, scale)
-        weights = scale * _signs((last.shape[0],), 1)
+        weights = scale * _signs((count,), 1)
     wanted = set()
     for ct in cts:
-        count, features = _flat(ct, weights is not None)
+        count, features = _flat(ct, rows)
         wanted.add((_buckets(count), features))
     made = sorted(wanted)
     signs = [_signs(shape, 2) for shape in made]
     # Made once: fused into every sketch they would be made in every stage.
     held = barrier([*signs, *([] if weights is None else [weights])])
-    return Sketcher(
-        dict(zip(made, held, strict=False)), None if weights is None else held[-1]
-    )
+    found = dict(zip(made, held, strict=False))
+    return Sketcher(found, None if weights is None else held[-1], rows)
 
 
 def _signs(shape: tuple[int, ...], seed: int) -> Array:

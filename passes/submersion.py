@@ -22,7 +22,7 @@ from passes.graph import Var
 from passes.inverses import Inverse, Rule, Verdict, told, tried
 from passes.linearise import Linear
 from passes.links import Link, links_between
-from passes.rows import keeps_rows
+from passes.rows import kept_axes
 
 __all__ = ["Inverse", "Link", "Rule", "Submersion", "Verdict", "submersion"]
 
@@ -38,8 +38,8 @@ class Submersion:
       verdict: the weakest of its links'.
       inverses: its links, from the result to the input.
       amplification: the product of its links'.
-      rows: whether the leading axis of the state is the leading axis of the result,
-        and no row depends on another.
+      rows: how many leading axes of the state are those of the result, no row of
+        which depends on another.
       reason: of the weakest link.
     """
 
@@ -47,7 +47,7 @@ class Submersion:
     verdict: Verdict
     inverses: tuple[Inverse, ...]
     amplification: float | None
-    rows: bool
+    rows: int
     reason: str
 
     @property
@@ -88,7 +88,7 @@ def submersion(
             amplification = None
         else:
             amplification *= found.amplification
-    rows = all(keeps_rows(found.link) for found in inverses)
+    rows = kept_axes(links) if links else cts[0].aval.ndim
     reason = weakest.reason if weakest else "the identity"
     return Submersion(state, verdict, inverses, amplification, rows, reason)
 
@@ -130,7 +130,7 @@ def _seen(linear: Linear, link: Link, one: Inverse | None) -> Inverse | None:
 
 
 def _never(state: Var, why: str) -> Submersion:
-    return Submersion(state, Verdict.NEVER, (), None, False, why)
+    return Submersion(state, Verdict.NEVER, (), None, 0, why)
 
 
 def _strength(found: Inverse) -> tuple[int, bool, bool]:

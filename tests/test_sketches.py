@@ -20,22 +20,42 @@ def test_one_row_of_a_tiny_scale_counts():
     h[7] *= 1e-9
     off = h.copy()
     off[7] *= 1.5
-    take = guard.sketcher(jnp.asarray(h), [h], rows=True)
-    blind = guard.sketcher(jnp.asarray(h), [h], rows=False)
+    take = guard.sketcher(jnp.asarray(h), [h], 1)
+    blind = guard.sketcher(jnp.asarray(h), [h], 0)
     assert reading(take(h), take(off)) > 1e-2
     assert reading(blind(h), blind(off)) < 1e-7
+
+
+def test_a_member_of_a_tiny_scale_counts():
+    """Each token, or member of an ensemble, is a row where they do not mix."""
+    draw = np.random.default_rng(5)
+    h = np.float32(draw.standard_normal((16, 3, 8)))
+    h[:, 2] *= 1e-9
+    off = h.copy()
+    off[:, 2] *= 1.5
+    take, blind = (guard.sketcher(jnp.asarray(h), [h], kept) for kept in (2, 1))
+    assert reading(take(h), take(off)) > 1e-2
+    assert reading(blind(h), blind(off)) < 1e-7
+
+
+def test_rows_are_few_against_their_features():
+    shapes = [(4, 5, 16), (4, 5, 8)]
+    cts = [np.zeros(shape, np.float32) for shape in shapes]
+    assert [guard.row_axes(cts, kept) for kept in range(4)] == [0, 1, 2, 2]
+    assert guard.row_axes([*cts, np.zeros((4, 5, 7))], 2) == 1
+    assert guard.row_axes([np.zeros(3)], 1) == 1
 
 
 SHAPES = [(64, 32), (7, 5), (1, 1), (17, 3, 4), (5,), (), (9000, 3), (5000, 70)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [False, True])
-def test_sketches(shape, rows):
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_sketches(shape, kept):
     draw = np.random.default_rng(6)
     h = jnp.asarray(np.float32(draw.standard_normal(shape)))
-    take = guard.sketcher(h, [h], rows)
-    assert take(h).shape == guard.sketch_shape(h, rows)
+    take = guard.sketcher(h, [h], kept)
+    assert take(h).shape == guard.sketch_shape(h, take.rows)
     assert take(h).size <= 1024
     assert reading(take(h), take(h)) == 0
     noise = np.float32(1e-3 * draw.standard_normal(shape))

@@ -97,9 +97,9 @@ class Moonwalk(Whole):
         return len(self.stages)
 
     @property
-    def rows(self) -> bool:
-        """Whether the leading axis is one of rows from end to end."""
-        return all(s.found.rows for s in self.stages)
+    def rows(self) -> int:
+        """How many leading axes are those of rows from end to end."""
+        return min(s.found.rows for s in self.stages)
 
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`."""

@@ -303,24 +303,43 @@ def test_complex_moves(name):
     assert case.error() <= 1e-10
 
 
+T = normal(3, 2, 4)
 LEADING = {
-    "abs": (True, jnp.abs),
-    "max-min": (True, max_min),
-    "mean": (True, lambda x: x.mean(-1)),
-    "features": (True, lambda x: x[:, ::-1].reshape(3, 2, 3)),
-    "product": (True, layer, np.eye(6)),
-    "transpose": (False, lambda x: x.T),
-    "rev": (False, lambda x: x[::-1]),
-    "sum": (False, lambda x: x.sum(0)),
-    "left product": (False, lambda x, w: w @ x, np.eye(3)),
-    "left product, same size": (False, lambda x, w: layer(x[:, :3].T, w), np.eye(3)),
+    "abs": (2, jnp.abs, X),
+    "max-min": (1, max_min, X),
+    "mean": (1, lambda x: x.mean(-1), X),
+    "features": (1, lambda x: x[:, ::-1].reshape(3, 2, 3), X),
+    "product": (1, layer, X, np.eye(6)),
+    "transpose": (0, lambda x: x.T, X),
+    "rev": (0, lambda x: x[::-1], X),
+    "sum": (0, lambda x: x.sum(0), X),
+    "left product": (0, lambda x, w: w @ x, X, np.eye(3)),
+    "left product, same size": (0, lambda x, w: layer(x[:, :3].T, w), X, np.eye(3)),
+    "tokens": (2, layer, T, np.eye(4)),
+    "tokens that mix": (
+        1,
+        lambda x, w: jnp.einsum("btf,ts->bsf", x, w),
+        *(T, np.eye(2)),
+    ),
+    "members": (
+        2,
+        lambda x, w: jnp.einsum("bmi,mij->bmj", x, w),
+        *(T, np.stack([np.eye(4)] * 2)),
+    ),
+    "members, moved": (
+        0,
+        lambda x, w: jnp.einsum("bmi,mij->mbj", x, w),
+        *(T, np.stack([np.eye(4)] * 2)),
+    ),
+    "tokens, turned and back": (3, lambda x: jnp.abs(x.T).T, T),
+    "tokens in one": (1, lambda x: x.reshape(3, 8), T),
 }
 
 
 @pytest.mark.parametrize("name", sorted(LEADING))
-def test_leading_axis(name):
-    keeps, fun, *params = LEADING[name]
-    assert Case(fun, X, *params).found.rows is keeps
+def test_leading_axes(name):
+    kept, fun, x, *params = LEADING[name]
+    assert Case(fun, x, *params).found.rows == kept
 
 
 def test_a_declared_map_is_one_link():
