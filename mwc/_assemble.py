@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mwc import _planner
-from mwc._build import Builder, matrix_cost
+from mwc._build import Builder, matrix_cost, state_of
 from mwc._policy import pins
 from mwc._rebuilding import Judge, merged, rebuilt_loop, runs
 from mwc.chained import Chained
@@ -61,7 +61,8 @@ class Assembly:
         self._crossing = tuple(p.crossing for p in cut.pieces)
         self._made_from = tuple(p.made_from for p in cut.pieces)
         outside = {*graph.invars, *cut.prologue.outvars}
-        self._builder = Builder(outside, self.tangents, graph)
+        data = {*graph.invars} - {*parameters}
+        self._builder = Builder(outside, self.tangents, graph, data)
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._known = facts(graph, dict(known or {}))
@@ -71,8 +72,11 @@ class Assembly:
         self._branches: dict[Any, Assembly] = {}
         self._guarded = guarded
 
-    def __len__(self) -> int:
-        return len(self._stages)
+    @property
+    def has_schedules(self) -> bool:
+        """Whether there is more than one way to run it."""
+        loops = any(isinstance(stage, Loop) for stage in self._stages)
+        return loops or len(self._stages) > 1
 
     def schedule(self, extra: float) -> tuple[Chained, _planner.Decision]:
         """The chain under the schedule of least memory for a bound of extra time."""
@@ -204,19 +208,19 @@ class Assembly:
         if loop.pruned or (products < 2 and not inner):
             return
         if i not in self._bodies:
-            carry = set(graph.invars[loop.carries])
-            given = [v for v in graph.invars if v not in carry]
-            pairs = zip(
-                graph.invars, self._builder.moving(loop.eqn, graph), strict=True
-            )
-            sources = [v for v, moves in pairs if moves]
+            moving = self._builder.moving_vars(loop.eqn, graph)
+            state = state_of(loop.eqn, graph, moving)
+            given = [v for v in graph.invars if v not in state]
+            sources = [v for v in graph.invars if v in moving]
             known = self._builder.inner_facts(loop.eqn, graph, self._known)
             self._bodies[i] = Assembly(
                 graph, given, sources, self._options, known, guarded=False
             )
         body = self._bodies[i]
+        if not choices and not body.has_schedules:
+            return
         for more in _STEPS:
-            if 1 + more <= extra + _planner.SLACK and (choices or len(body) > 1):
+            if 1 + more <= extra + _planner.SLACK:
                 chained, decision = body.schedule(more)
                 forwards = 1 + decision.again
                 yield dataclasses.replace(

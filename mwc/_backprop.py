@@ -30,12 +30,15 @@ def unrolled(node: Checkpoint) -> list[Stage]:
     return flat
 
 
-def backprop_bytes(flat: Sequence[Stage], carry: Collection[Var] = ()) -> list[int]:
+def backprop_bytes(
+    flat: Sequence[Stage], carry: Collection[Var] = (), data: Collection[Var] = ()
+) -> list[int]:
     """Bytes of the residuals that `jax.vjp` keeps, of each stage.
 
     Args:
       flat: the stages of a chain (`unrolled`).
       carry: inputs of the chain that are states as well.
+      data: inputs that are neither states nor parameters.
 
     Returns:
       Bytes, one number a stage.
@@ -51,11 +54,12 @@ def backprop_bytes(flat: Sequence[Stage], carry: Collection[Var] = ()) -> list[i
             continue
         assert isinstance(stage, Straight)
         fwd, chain = stage.linear.fwd, stage.chain_names()
-        moving = reached(fwd, [f for f in fwd.invars if chain[f] in bound])
+        sources = [f for f in fwd.invars if chain[f] in bound or chain[f] in data]
+        moving = reached(fwd, sources)
         total = 0
         for v in set(filter(is_var, _own(stage.linear))) & moving:
             name = chain.get(v)
-            if name is None or name not in seen:
+            if name not in data and (name is None or name not in seen):
                 seen.update({name} - {None})
                 total += nbytes(v)
         found.append(total)
@@ -68,10 +72,12 @@ def step_bytes(loop: Loop) -> int:
     if not isinstance(body, Straight):
         assert isinstance(body, Chained)
         carry = body.graph.invars[loop.carries]
-        return sum(backprop_bytes(unrolled(body.node), carry))
+        data = () if carry else body.graph.invars[loop.carries.stop :]
+        return sum(backprop_bytes(unrolled(body.node), carry, data))
     linear = body.linear
-    outer = set(linear.fwd.invars) - set(linear.fwd.invars[loop.carries])
-    moving = reached(linear.fwd, linear.fwd.invars[loop.carries])
+    carry = linear.fwd.invars[loop.carries]
+    outer = set(linear.fwd.invars) - set(carry)
+    moving = reached(linear.fwd, carry or linear.fwd.invars[loop.carries.stop :])
     rows = {v for v in _own(linear) if is_var(v) and v not in outer}
     return sum(nbytes(v) for v in rows & moving)
 

@@ -52,12 +52,17 @@ class Builder:
       outside: the program's own inputs and the prologue's results, always at hand.
       tangents: the variables that may carry a tangent.
       program: what the stages are pieces of.
+      data: the program's own inputs that are no parameters.
     """
 
     def __init__(
-        self, outside: Collection[Var], tangents: Collection[Var], program: Graph
+        self,
+        outside: Collection[Var],
+        tangents: Collection[Var],
+        program: Graph,
+        data: Collection[Var] = (),
     ):
-        self._outside, self._tangents = outside, tangents
+        self._outside, self._tangents, self._data = outside, tangents, data
         self._repeats = Repeats(program)
         self._kinds: dict[Any, _Kind] = {}
 
@@ -79,24 +84,21 @@ class Builder:
         if any(_jax.is_split(v.aval) for v in (*eqn.invars, *eqn.outvars)):
             return None
         body = marked(inline(eqn.params["jaxpr"]))
-        consts, carries = _jax.scan_layout(eqn)
-        carry = body.invars[consts : consts + carries]
-        pairs = zip(body.invars, self.moving(eqn, body), strict=True)
-        moving = {v for v, moves in pairs if moves}
-        inner = Builder({*body.invars} - {*carry}, moving, body)
+        moving = self.moving_vars(eqn, body)
+        inner = Builder({*body.invars} - state_of(eqn, body, moving), moving, body)
         stage = inner.straight(body)
         whole = sum(matrix_cost(e) for e in body.eqns)
         pruned = rerun_cost(stage.linear, stage.bit_vars) <= _FREE * whole
         return Loop(graph, stage, group=1, slots=0, pruned=pruned)
 
-    def moving(self, eqn: Any, body: Graph) -> list[bool]:
-        """Which inputs of a scan's body may carry a tangent."""
+    def moving_vars(self, eqn: Any, body: Graph) -> set[Var]:
+        """The inputs of a scan's body that may carry a tangent."""
         consts, carries = _jax.scan_layout(eqn)
         # A carry that starts without a tangent gets one from the step before.
         outer = [*eqn.invars[:consts], *eqn.outvars[:carries]]
         outer += eqn.invars[consts + carries :]
         pairs = zip(body.invars, outer, strict=True)
-        return [is_var(o) and o in self._tangents for _, o in pairs]
+        return {v for v, o in pairs if is_var(o) and o in self._tangents}
 
     def inner_facts(
         self, eqn: Any, graph: Graph, known: Mapping[Var, Fact]
@@ -120,9 +122,10 @@ class Builder:
         """The stage of straight-line code."""
         active = tuple(v in self._tangents for v in graph.invars)
         state = tuple(v not in self._outside for v in graph.invars)
-        key = (key_of(graph), active, state)
+        data = tuple(v in self._data for v in graph.invars)
+        key = (key_of(graph), active, state, data)
         if key not in self._kinds:
-            self._kinds[key] = _kind(graph, active, state, self._repeats)
+            self._kinds[key] = _kind(graph, active, state, data, self._repeats)
         kind = self._kinds[key]
         stage = Straight(
             graph, kind.linear, kind.bits, kind.kept, (), kind.rerun, kind.why
@@ -132,6 +135,19 @@ class Builder:
         names = tuple(chain[v] for v in kind.kept if v in chain)
         own = tuple(v for v in kind.kept if v not in chain)
         return dataclasses.replace(stage, kept_vars=own, names=names)
+
+
+def state_of(eqn: Any, body: Graph, moving: Collection[Var]) -> set[Var]:
+    """The inputs of a scan's body that are its state.
+
+    Those are its carries; where none of them may carry a tangent (`lax.map`), what each
+    step reads of its own.
+    """
+    consts, carries = _jax.scan_layout(eqn)
+    carry = {*body.invars[consts : consts + carries]}
+    if carry & {*moving}:
+        return carry
+    return carry | {*body.invars[consts + carries :]}
 
 
 def matrix_cost(eqn: Any) -> float:
@@ -154,7 +170,11 @@ def rerun_cost(linear: Linear, given: Collection[Var]) -> float:
 
 
 def _kind(
-    graph: Graph, active: tuple[bool, ...], state: tuple[bool, ...], repeats: Repeats
+    graph: Graph,
+    active: tuple[bool, ...],
+    state: tuple[bool, ...],
+    data: tuple[bool, ...],
+    repeats: Repeats,
 ) -> _Kind:
     linear = linearise(graph, active, repeats.evaluate)
     fwd, bwd = linear.fwd, linear.bwd
@@ -174,9 +194,9 @@ def _kind(
     rerun = rerun_cost(linear, bits)
     if bits and rerun >= rerun_cost(linear, ()):
         bits = ()
-    kept = narrowest(
-        fwd, residuals_of(linear, bwd.outvars), names, matrix_cost, at_hand=False
-    )
+    given = [v for v, d in zip(fwd.invars, data, strict=True) if d]
+    asked = residuals_of(linear, bwd.outvars)
+    kept = narrowest(fwd, asked, names, matrix_cost, at_hand=False, data=given)
     return _Kind(linear, bits, kept, rerun, why or "of several products it has")
 
 

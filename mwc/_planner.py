@@ -245,7 +245,7 @@ def loop_kept(loop: Loop) -> int:
 
 def loop_extra(loop: Loop) -> float:
     """Forward passes that a loop's backward runs again."""
-    if isinstance(loop, RebuiltLoop):
+    if isinstance(loop, RebuiltLoop) or not loop.counts[1]:
         return loop.leaf_forwards
     leaves = -(-loop.length // loop.group)
     return again(leaves, loop.slots) / leaves + loop.leaf_forwards
@@ -280,7 +280,7 @@ def settle(choices: Iterable[Loop], extra: float) -> Loop | None:
     for loop in choices:
         leaves = -(-loop.length // loop.group)
         most = extra + SLACK - loop.leaf_forwards
-        if isinstance(loop, RebuiltLoop):
+        if isinstance(loop, RebuiltLoop) or not loop.counts[1]:
             leaves = 1  # no carry is kept but the first
         slots = least_slots(leaves, most * leaves) if most >= 0 else None
         if slots is None:

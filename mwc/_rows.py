@@ -69,12 +69,13 @@ def described(
     """
     node = chained.node
     rows, flat = _rows(node), unrolled(node)
+    data = () if carry else {v for v, x in labels.items() if x.kind == "data"}
     labels = {**labels, **derived(chained.prologue.graph, labels)}
     _, kept = node.spine
     results = {v for v in chained.graph.outvars if is_var(v)}
     values = flowing(flat, labels, kept, results)
     again = _again(node.schedule, costs)
-    plain = backprop_bytes(flat, carry)
+    plain = backprop_bytes(flat, carry, data)
     read: list[list[Value]] = [[] for _ in rows]
     state_bytes = [0] * len(rows)
     for v in values:

@@ -184,7 +184,9 @@ def is_loop(eqn: Any) -> bool:
         return False
     # The schedule of a loop is a table, which needs a number of steps.
     length = eqn.params["length"]
-    return not is_symbolic(length) and length >= _STEPS
+    if is_symbolic(length) or not length:
+        return False
+    return length >= _STEPS or _deep(eqn.params["jaxpr"])
 
 
 def is_choice(eqn: Any) -> bool:

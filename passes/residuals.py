@@ -48,6 +48,7 @@ def narrowest(
     state: Collection[Var],
     cost: Callable[[Any], float],
     at_hand: bool,
+    data: Collection[Var] = (),
 ) -> tuple[Var, ...]:
     """The cheapest values from which `residuals` follow without dear equations.
 
@@ -58,6 +59,8 @@ def narrowest(
       cost: matrix FLOPs of an equation.
       at_hand: whether `state` is at hand too (a leaf of a schedule) or not (a stored
         stage).
+      data: inputs at hand that are no parameters: what dear equations make of them is
+        not made again.
 
     Returns:
       Variables of `fwd`, in program order; given them and the inputs at hand, every
@@ -65,7 +68,7 @@ def narrowest(
     """
     wanted = [v for v in residuals if is_var(v)]
     tainted = set() if at_hand else set(state)
-    reads_state = set(state)
+    reads_state = {*state, *data}
     for i in (chosen := fwd.needed(wanted)):
         eqn = fwd.eqns[i]
         if any(is_var(v) and v in reads_state for v in eqn.invars):

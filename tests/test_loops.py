@@ -314,3 +314,54 @@ def test_what_has_no_reverse_mode_on_the_way_of_data(made):
         jax.grad(loss, argnums=1)(w, x)
     with pytest.raises(mwc.MoonwalkError, match=r"(?s)reverse mode.*stop_gradient"):
         jax.grad(decorated, argnums=1)(w, x)
+
+
+def deep(w, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+
+SHORT = {
+    "nested": lambda w, x: jnp.mean(
+        lax.scan(lambda h, w: (deep(w, h), None), x, w)[0] ** 2
+    ),
+    "mapped": lambda w, x: jnp.mean(
+        lax.map(lambda x: deep(w[0], x), jnp.stack([x] * w.shape[0])) ** 2
+    ),
+}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_a_short_loop_over_deep_bodies(name, length):
+    """Two batches whose gradients add up are a loop of two steps."""
+    draw = np.random.default_rng(length)
+    w, x = 0.4 * draw.standard_normal((length, 24, 8, 8)), draw.standard_normal((64, 8))
+    plain, ours = SHORT[name], moonwalk_compile(SHORT[name])
+    mine, true = (jax.jit(jax.grad(f, (0, 1))) for f in (ours, plain))
+    assert_same(mine(w, x), true(w, x))
+    plan = ours.plan(w, x)
+    kept = 8 * (length * 24 * 64 * 8)  # the state of every layer
+    assert plan.backprop_bytes >= kept
+    assert plan.peak_bytes < kept / length
+    temp = [
+        f.lower(w, x).compile().memory_analysis().temp_size_in_bytes
+        for f in (mine, true)
+    ]
+    assert temp[0] < temp[1] / 2
+
+
+@pytest.mark.parametrize("make", [deep, lambda w, x: lax.map(jnp.tanh, x @ w[0])])
+def test_what_is_stored_is_not_run_again(make):
+    """Also where it reads nothing but data."""
+
+    def loss(w, x):
+        return jnp.mean(make(w, x) ** 2)
+
+    w, x = jnp.ones((24, 8, 8)), jnp.ones((64, 8))
+    ours = moonwalk_compile(loss, extra_forwards=0)
+    assert ours.plan(w, x).extra_forwards == 0
+    report = ours.memory(w, x, target="cpu", methods=("backprop", "moonwalk"))
+    plain, mine = (row.flops for row in report.rows)
+    assert mine <= 1.15 * plain
+    stored = moonwalk_compile(loss, strategies="stored").plan(w, x)
+    assert stored.backprop_bytes == ours.plan(w, x).backprop_bytes
