@@ -361,3 +361,27 @@ def test_a_search_for_nan_sees_none_of_ours():
 
     with jax.debug_infs(True), jax.debug_nans(True):
         check(loss, *arguments())
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-6])
+def test_a_member_whose_loss_counts_little(weight):
+    """The cotangent of one member is far below the other's, and wrong."""
+    turn = mwc.coisometric(lambda h, w: jnp.einsum("bmi,mij->bmj", h, w))
+    rows, width = 6, 8
+    draw = np.random.default_rng(3)
+    made = np.linalg.qr(draw.standard_normal((5, 2, width, width)))[0]
+    made[:, 1] += 0.1 * draw.standard_normal(made[:, 1].shape)
+    x = np.float32(draw.standard_normal((rows, 2, width)))
+
+    def loss(weights, x):
+        for w in weights:
+            x = jnp.abs(turn(x, w))
+        one, two = jnp.mean((x - 1) ** 2, (0, 2))
+        return one + weight * two
+
+    ours = moonwalk_compile(loss, strategies=FORCED)
+    weights = list(map(np.float32, made))
+    assert sum(s.strategy == "moonwalk" for s in ours.plan(weights, x).stages) == 5
+    found = jax.jit(jax.grad(ours))(weights, x)
+    assert np.isnan(found[-1]).all()
+    np.testing.assert_allclose(found[0], jax.grad(loss)(weights, x)[0], rtol=1e-4)
