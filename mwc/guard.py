@@ -8,16 +8,20 @@ K buckets, features j in G groups, sigma and E of +-1,
     s[g] = sum over k, and j in g, of E[k, j] t[k, j]
 
 and the reading is |s - s'| / |s|; where features are few, 16 sums over some of the
-buckets stand for one over all. The weight w_b is a power of two that brings the
-largest entry of row b of the last cotangent near 1: a corrupted row of tiny scale
-counts as much as any other. A reading above `tolerance` is a *trip*; NaN trips as well.
+buckets stand for one over all. Rows are the entries of all leading axes that pass
+through the run by themselves (samples, tokens, members of an ensemble). The weight w_b
+is a power of two that brings the largest entry of row b of the last cotangent near 1: a
+corrupted row of tiny scale counts as much as any other. A reading above `tolerance` is
+a *trip*; NaN trips as well.
+
 Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
 perturbed runs readings between the two came with gradients that were off by up to four
 tolerances, and no reading below this one with more than one tolerance. Where products
 of float32 are rounded to TF32 the limit is as there: rounding alone reads 4.1e-4
 sqrt(n) after n exact layers (emulated), and gradients are off by 0.8 of a reading at
 most. Limits: an error that the signs cancel is missed with the probability that all
-sums cancel at once.
+sums cancel at once; features of one row are not told apart, so an error in some whose
+cotangents are tiny beside the others' counts as little as they do.
 """
 
 from __future__ import annotations
