@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,21 @@ class Options:
                 )
 
 
-def make_options(strategies: Sequence[str] | None = None, **others: Any) -> Options:
+def make_options(strategies: Iterable[str] | None = None, **others: Any) -> Options:
     """Options from what the user wrote."""
     if isinstance(strategies, str):
         strategies = (strategies,)
+    if strategies is not None and not isinstance(strategies, Iterable):
+        raise MoonwalkTypeError(
+            f"strategies is {strategies!r}",
+            expected="some of " + ", ".join(map(repr, STRATEGIES)) + ", or None",
+        )
+    unknown = [name for name in others if name not in Options.__dataclass_fields__]
+    if unknown:
+        raise MoonwalkTypeError(
+            f"there is no option {unknown[0]!r}",
+            expected="one of " + ", ".join(Options.__dataclass_fields__),
+        )
     if strategies is not None:
         # A set has no order of its own, and equal options must compare equal.
         strategies = tuple(sorted(strategies, key=repr))

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,8 +191,8 @@ class Signature:
 
 def signature_of(fun: Callable[..., Any], nums: Any = (), names: Any = ()) -> Signature:
     """Reads a function's signature, inferring static names from positions and back."""
-    nums = (nums,) if isinstance(nums, int) else tuple(nums or ())
-    names = (names,) if isinstance(names, str) else tuple(names or ())
+    nums = _several("static_argnums", nums, numbers.Integral, "positions of arguments")
+    names = _several("static_argnames", names, str, "names of arguments")
     most, positional = None, []
     try:
         parameters = list(inspect.signature(fun).parameters.values())
@@ -211,6 +212,16 @@ def signature_of(fun: Callable[..., Any], nums: Any = (), names: Any = ()) -> Si
     all_nums = dict.fromkeys((*nums, *found))
     name = getattr(fun, "__name__", type(fun).__name__)
     return Signature(name, _definition(fun), tuple(all_nums), tuple(all_names), most)
+
+
+def _several(option: str, given: Any, kind: type, what: str) -> tuple[Any, ...]:
+    """One value or several, as a tuple."""
+    if isinstance(given, kind):
+        return (given,)
+    found = tuple(given or ()) if isinstance(given or (), Collection) else (given,)
+    if isinstance(given, str) or not all(isinstance(x, kind) for x in found):
+        raise MoonwalkTypeError(f"{option} is {given!r}", expected=what)
+    return found
 
 
 def _definition(fun: Callable[..., Any]) -> str | None:

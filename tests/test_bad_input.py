@@ -73,6 +73,13 @@ def test_options_of_a_wrong_kind():
     for bad in ("w", 1.5, (), (True,)):
         with refused(mwc.MoonwalkTypeError, "argnums"):
             moonwalk_compile(square, argnums=bad)
+    for option, bad in {"static_argnums": "w", "static_argnames": 3}.items():
+        with refused(mwc.MoonwalkTypeError, option, repr(bad)):
+            moonwalk_compile(square, **{option: bad})
+    with refused(mwc.MoonwalkTypeError, "strategies", "'stored'"):
+        moonwalk_compile(square, strategies=3)
+    with refused(mwc.MoonwalkTypeError, "no option 'extra'", "extra_forwards"):
+        moonwalk_compile(square).with_options(extra=1)
     with refused(mwc.MoonwalkTypeError, "keyword-only"):
         moonwalk_compile(3)
     moonwalk_compile(square, on_drift="nan")
@@ -119,6 +126,13 @@ def test_argnums_out_of_range(argnums):
     for run in (decorated, decorated.value_and_grad, decorated.plan):
         with refused(mwc.MoonwalkValueError, "argnums", "2 positional", "fun"):
             run(W, W)
+
+
+def test_reports_of_what_is_not_there():
+    with refused(mwc.MoonwalkError, "target is 3", "'cpu'"):
+        moonwalk_compile(square).memory(W, target=3)
+    with refused(mwc.MoonwalkValueError, "'backpropagation' is unknown", "'backprop'"):
+        moonwalk_compile(square).memory(W, methods="backpropagation")
 
 
 @pytest.mark.parametrize("argnums", [(0, 0), (0, -2)])

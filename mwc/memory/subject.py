@@ -61,6 +61,7 @@ class Subject:
           MoonwalkValueError: an unknown method.
         """
         known = (*BASELINES, *self.ours)
+        methods = (methods,) if isinstance(methods, str) else methods
         wanted = list(known if methods is None else methods)
         unknown = [m for m in wanted if m not in known]
         if unknown:

@@ -144,6 +144,11 @@ def resolve(target: str | os.PathLike[str] | Target | None) -> Target:
     """
     if isinstance(target, Target):
         return target
+    if target is not None and not isinstance(target, str | os.PathLike):
+        raise MoonwalkTargetError(
+            f"the target is {target!r}",
+            expected="a text or a file: one of " + ", ".join(map(repr, NAMES)),
+        )
     if isinstance(target, os.PathLike) or str(target).endswith(_SUFFIXES):
         return _described(_read(pathlib.Path(target or "")))
     if target is not None and "gpu_device_info" in target:
