@@ -58,14 +58,14 @@ def coisometric(fun: Callable[..., Any], scale: float = 1.0) -> Callable[..., An
     seen: set[Any] = set()
 
     @functools.wraps(fun, updated=())
-    def declared(h: Array, *params: Any) -> Array:
-        leaves, tree = jax.tree.flatten(params)
+    def declared(h: Array, *params: Any, **named: Any) -> Array:
+        leaves, tree = jax.tree.flatten((params, named))
         key = (*(jax.typeof(x) for x in (h, *leaves) if _trace.is_array(x)), tree)
         if key not in seen:
-            _check(fun, signature, h, params)
+            _check(functools.partial(fun, **named), signature, h, params)
             seen.add(key)
         inside = declare(jnp.asarray(h), side="in", scale=float(scale))
-        return declare(fun(inside, *params), side="out", scale=float(scale))
+        return declare(fun(inside, *params, **named), side="out", scale=float(scale))
 
     return declared
 
@@ -75,24 +75,27 @@ def _check(
 ) -> None:
     """Raises what no weights can mend."""
 
-    def wrong(found: str, expected: str) -> MoonwalkTypeError:
+    def wrong(found: str, expected: str, remedy: str) -> MoonwalkTypeError:
         name = f"{signature.name}, declared coisometric,"
         return MoonwalkTypeError(
             f"{name} {found}",
             expected=expected,
-            remedy="declare the linear layer alone, without its activation",
+            remedy=remedy,
             source=signature.source,
         )
 
     if not _trace.is_array(h) or not jnp.issubdtype(jnp.result_type(h), jnp.inexact):
-        raise wrong(f"was called with {h!r}", "one floating-point array h")
+        remedy = "cast h, and pass what is not a state after it"
+        raise wrong(f"was called with {h!r}", "one floating-point array h", remedy)
     out = jax.eval_shape(lambda h: fun(h, *params), h)
     if not hasattr(out, "shape") or not jnp.issubdtype(out.dtype, jnp.inexact):
-        raise wrong(f"returned {out!r}", "one floating-point array")
+        remedy = "declare the map that makes the state alone"
+        raise wrong(f"returned {out!r}", "one floating-point array", remedy)
     if math.prod(out.shape) > math.prod(jnp.shape(h)):
         raise wrong(
             f"takes shape {jnp.shape(h)} to {out.shape}, which has more numbers",
             "a result of at most as many numbers: J J^T = c I needs full row rank",
+            "leave this layer undeclared: its plan is then another",
         )
 
     def tangent(h: Array, t: Array) -> Array:
@@ -101,5 +104,7 @@ def _check(
     # Loops too: dead code leaves their carries of tangents alone.
     if _jax.dead_code(jax.make_jaxpr(tangent)(h, h), [True])[1][0]:
         raise wrong(
-            "is not affine in h: its Jacobian depends on h", "a linear map plus a bias"
+            "is not affine in h: its Jacobian depends on h",
+            "a linear map plus a bias",
+            "declare the linear layer alone, without its activation",
         )

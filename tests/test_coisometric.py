@@ -68,6 +68,21 @@ def test_what_is_not_an_array_is_a_parameter():
     assert layer(X, {"first": W}, "first").shape == (3, 4)
 
 
+def test_parameters_by_name():
+    layer = coisometric(lambda h, w, *, flip: h[:, ::-1] @ w if flip else h @ w)
+
+    def loss(w, h):
+        for flip in (True, False, True):
+            h = jnp.abs(layer(h, w=w, flip=flip))
+        return jnp.sum(h**3)
+
+    w = jnp.asarray(np.linalg.qr(np.ones((6, 6)) + np.eye(6))[0])
+    ours = mwc.moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+    assert sum(s.strategy == "moonwalk" for s in ours.plan(w, X).stages) == 3
+    found, true = jax.grad(ours)(w, X), jax.grad(loss)(w, X)
+    np.testing.assert_allclose(found, true, rtol=1e-4, atol=1e-4)
+
+
 def test_parameters_may_enter_as_they_like():
     """Affine in h is all that is asked; the map may depend on w in any way."""
     layer = coisometric(lambda h, t: h * jnp.exp(1j * jnp.tanh(t)))
