@@ -330,7 +330,7 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(SHORT))
 def test_a_short_loop_over_deep_bodies(name, length):
     """Two batches whose gradients add up are a loop of two steps."""

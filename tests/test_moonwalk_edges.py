@@ -35,9 +35,9 @@ def counts(fun, *args, **options):
     return collections.Counter(row.strategy for row in stages)
 
 
-def check(fun, *args, strategies=FORCED, **options):
+def check(fun, *args, strategies=FORCED, also=(None,), **options):
     """Gradients are jax.grad's; returns how many stages are rebuilt."""
-    for chosen in (strategies, None):
+    for chosen in (strategies, *also):
         ours = moonwalk_compile(fun, strategies=chosen, **options)
         mine = jax.tree.leaves(jax.jit(jax.grad(ours))(*args))
         true = jax.tree.leaves(jax.grad(fun)(*args))
@@ -144,7 +144,7 @@ RARE = {
 }
 
 
-@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("loop", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", sorted(RARE))
 def test_what_a_draw_must_not_miss(name, loop):
     kink, own, start = RARE[name]
@@ -159,7 +159,7 @@ def test_what_a_draw_must_not_miss(name, loop):
                 x, _ = step(x, (w, k))
         return jnp.mean((x - 1) ** 2)
 
-    check(loss, weights, own, x if start is None else start)
+    check(loss, weights, own, x if start is None else start, also=())
 
 
 # Maps that are what they are declared to be, with a factor beside the weight.
@@ -177,7 +177,7 @@ def test_a_claim_is_of_the_map_not_of_the_weight(name):
             h = BESIDE[name](jnp.abs(h), w)
         return jnp.mean(h**2)
 
-    assert check(loss, *arguments()) == DEPTH
+    assert check(loss, *arguments(), also=()) == DEPTH
 
 
 def test_a_claim_about_some_columns_of_a_weight():
