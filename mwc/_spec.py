@@ -52,6 +52,7 @@ class Spec:
         self.name = name
         self.source = source
         self._build = build
+        self._mesh = jax.sharding.get_abstract_mesh()
         self._traces: dict[Any, Any] = {}
         self._layout: dict[Mask, Any] = {}
         self.compiled: dict[Any, Callable[..., list[Any]]] = {}
@@ -71,7 +72,11 @@ class Spec:
                 remedy="return the values and act on them outside, or use jax.debug",
                 source=self._effect_source(refused),
             )
-        return self._build()
+        if self._mesh.empty or self._mesh == jax.sharding.get_abstract_mesh():
+            return self._build()
+        # A plan may be asked for where other axes are in force than the types have.
+        with jax.sharding.use_abstract_mesh(self._mesh):
+            return self._build()
 
     def _effect_source(self, refused: set[Any]) -> str | None:
         body, _ = _jax.opened(self.jaxpr)
