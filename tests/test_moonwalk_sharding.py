@@ -234,7 +234,7 @@ def test_sharded_batch(loop, kind):
         assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, true[1])
         assert ours.check(params, batch, batch_axis=0).ok
         other = moonwalk_compile(case(loop, kink="max-min")[0], strategies="stored")
-        assert other.plan(params, batch).stages  # Made where Explicit axes are in force.
+        assert other.plan(params, batch).stages  # Made with Explicit axes in force.
     both(lambda f: jax.jit(jax.grad(f)), loss, params, batch)
 
 
