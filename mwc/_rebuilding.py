@@ -31,6 +31,7 @@ from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.linearise import Linear, is_inexact
 from passes.residuals import narrowest, packed_bytes
+from passes.sizes import is_symbolic
 from passes.submersion import Inverse, Rule, Submersion, run_error, submersion
 from passes.widen import widened
 
@@ -57,8 +58,11 @@ class Judge:
             return "it is no straight-line code"
         graph, linear = stage.graph, stage.linear
         made = (v for eqn in graph.eqns for v in eqn.outvars)
-        if any(_jax.is_split(v.aval) for v in (*graph.invars, *made)):
+        ends = (*graph.invars, *made)
+        if any(_jax.is_split(v.aval) for v in ends):
             return "it is sharded over Explicit mesh axes, not Auto ones"
+        if any(is_symbolic(n) for v in ends for n in getattr(v.aval, "shape", ())):
+            return "it has symbolic dimensions, and sketches want numbers"
         pairs = zip(graph.invars, linear.active, strict=True)
         states = [v for v, a in pairs if a and v not in self._outside]
         results = [v for v in graph.outvars if is_var(v) and is_inexact(v)]

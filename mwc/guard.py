@@ -39,7 +39,7 @@ from jax import lax
 
 from mwc._tie import barrier
 from passes import _jax
-from passes.graph import Var, extents
+from passes.graph import Var
 
 Array = Any
 
@@ -104,9 +104,8 @@ def sketch_shape(ct: Any, rows: int) -> tuple[int, int]:
 
 
 def planned_shape(ct: Var, kept: int) -> tuple[int, int]:
-    """`sketch_shape` of a variable, symbolic dimensions being nominal."""
-    like = jax.ShapeDtypeStruct(extents(ct), ct.aval.dtype)
-    return sketch_shape(like, row_axes([like], kept))
+    """`sketch_shape` of a variable by itself."""
+    return sketch_shape(ct.aval, row_axes([ct.aval], kept))
 
 
 def row_axes(cts: Sequence[Any], kept: int) -> int:

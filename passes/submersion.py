@@ -122,8 +122,8 @@ def _seen(linear: Linear, link: Link, one: Inverse | None) -> Inverse | None:
     if one is None or one.rule is not Rule.TRANSPOSE or not one.claimed:
         return one
     made = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
-    reads = linear.fwd.inputs_of([made[v] for v in link.reads if v in made])
-    if reads & {*linear.fwd.invars}:
+    read = linear.bwd.inputs_of(link.reads)
+    if linear.fwd.inputs_of(made[v] for v in read if v in made) & {*linear.fwd.invars}:
         return one
     seen = tried(linear, link)
     return one if seen.rule is None else seen

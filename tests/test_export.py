@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
+import mwc
 from mwc import moonwalk_compile
 from tests import programs
 
@@ -203,3 +204,25 @@ def test_plan_says_what_it_counted():
     )
     assert same.peak_bytes == plan.peak_bytes
     assert not same.notes
+
+
+@pytest.mark.parametrize("rows", ["b", "b, t"])
+def test_what_could_be_rebuilt_is_not_of_symbolic_size(rows):
+    rotate = mwc.coisometric(lambda x, w: x @ w)
+
+    def loss(weights, x):
+        for w in weights:
+            x = rotate(x, w)
+        return jnp.mean(jnp.sin(x))
+
+    ours = moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+    weights = [np.linalg.qr(np.eye(5) + i)[0] for i in range(4)]
+    shape = export.symbolic_shape(f"{rows}, 5")
+    like = [jax.ShapeDtypeStruct((5, 5), float)] * 4, jax.ShapeDtypeStruct(shape, float)
+    reasons = [stage.reason for stage in ours.plan(*like).stages]
+    assert any("symbolic dimensions" in reason for reason in reasons)
+    made = export.export(jax.jit(jax.grad(ours)))(*like)
+    x = np.random.default_rng(0).standard_normal((*range(3, 2 + len(shape)), 5))
+    assert sum(s.strategy == "moonwalk" for s in ours.plan(weights, x).stages) == 4
+    for a, b in zip(made.call(weights, x), jax.grad(loss)(weights, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
