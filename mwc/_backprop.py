@@ -17,8 +17,9 @@ from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.nodes.moonwalk import Moonwalk
 from mwc.stages import Stage, Straight
+from passes.declared import declared_p
 from passes.depend import reached
-from passes.graph import Var, is_var, nbytes
+from passes.graph import Graph, Var, is_var, nbytes
 from passes.linearise import Linear
 
 
@@ -58,12 +59,19 @@ def backprop_bytes(
         moving = reached(fwd, sources)
         total = 0
         for v in set(filter(is_var, _own(stage.linear))) & moving:
-            name = chain.get(v)
+            name = chain.get(_unmarked(fwd, v))
             if name not in data and (name is None or name not in seen):
                 seen.update({name} - {None})
                 total += nbytes(v)
         found.append(total)
     return found
+
+
+def _unmarked(fwd: Graph, v: Var) -> Var:
+    """What a declaration was put around: the mark is an identity."""
+    while v in fwd.producer and fwd.eqns[fwd.producer[v]].primitive is declared_p:
+        (v,) = fwd.eqns[fwd.producer[v]].invars[:1]
+    return v
 
 
 def step_bytes(loop: Loop) -> int:
