@@ -204,7 +204,8 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
-    sketches = 4 * loop.length * math.prod(planned_shape(one.result, one.found.rows))
+    shape = planned_shape(one.result, one.found.rows, narrow=True)
+    sketches = 4 * loop.length * math.prod(shape)
     return RebuiltLoop(
         loop.graph,
         one.stage,
