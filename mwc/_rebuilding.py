@@ -204,8 +204,7 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
-    shape = planned_shape(one.result, one.found.rows, narrow=True)
-    sketches = 4 * loop.length * math.prod(shape)
+    sketches = 4 * loop.length * math.prod(planned_shape(one.result, one.found.rows))
     return RebuiltLoop(
         loop.graph,
         one.stage,

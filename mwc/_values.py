@@ -136,7 +136,7 @@ def _residual(fwd: Graph, v: Var, i: int) -> Value:
 
 
 def _sketch(i: int, ct: Var, kept: int, steps: tuple[int, ...] = ()) -> Value:
-    shape = (*steps, *planned_shape(ct, kept, narrow=bool(steps)))
+    shape = (*steps, *planned_shape(ct, kept))
     bytes_ = 4 * math.prod(shape)
     return Value("sketch", "sketch", shape, "float32", bytes_, i, (i,), True)
 

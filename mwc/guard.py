@@ -1,28 +1,27 @@
 """The guard: sketches that show whether a rebuilt cotangent is the one it replaces.
 
-Sweep R takes a sketch of every cotangent that sweep V will rebuild, sums over its rows
+Sweep R takes a sketch of every cotangent that sweep V will rebuild, at most 1,024 sums
 with pseudo-random signs; sweep V takes the same sums of what it rebuilt. With rows b in
-K buckets of at most 1,024 and features j,
+K buckets, features j in G groups, sigma and E of +-1,
 
-    s[k, j] = sum over b = k mod K of sigma_b w_b h[b, j],    sigma of +-1
+    t[k, j] = sum over b = k mod K of sigma_b w_b h[b, j]
+    s[g] = sum over k, and j in g, of E[k, j] t[k, j]
 
-and the reading is |s - s'| / |s|. Where features are many against the rows, signed sums
-over 1,024 groups of them stand for all; a loop, which keeps the sketches of all its
-steps, adds up its buckets. Rows are the entries of all leading axes that
-pass through the run by themselves (samples, tokens, members of an ensemble). The weight
-w_b is a power of two that brings the largest entry of row b of the last cotangent near
-1: a corrupted row of tiny scale counts as much as any other. A reading above
-`tolerance` is a *trip*; NaN trips as well.
+and the reading is |s - s'| / |s|; where features are few, 16 sums over some of the
+buckets stand for one over all. Rows are the entries of all leading axes that pass
+through the run by themselves (samples, tokens, members of an ensemble). The weight w_b
+is a power of two that brings the largest entry of row b of the last cotangent near 1: a
+corrupted row of tiny scale counts as much as any other. A reading above `tolerance` is
+a *trip*; NaN trips as well.
 
-Source: DESIGN section 5, which adds up the buckets everywhere; not to do so saves two
-kernels a stage for a thousandth of a state. Its limit is three times this one in
-float32: over 6,000 perturbed runs readings between the two came with gradients that
-were off by up to four tolerances, and no reading below this one with more than one
-tolerance. Where products of float32 are rounded to TF32 the limit is as there: rounding
-alone reads 4.1e-4 sqrt(n) after n exact layers (emulated), and gradients are off by 0.8
-of a reading at most. Limits: an error that the signs cancel is missed with the
-probability that all sums cancel at once; features of one row are not told apart, so an
-error in some whose cotangents are tiny beside the others' counts as little as they do.
+Source: DESIGN section 5, whose limit is three times this one in float32: over 6,000
+perturbed runs readings between the two came with gradients that were off by up to four
+tolerances, and no reading below this one with more than one tolerance. Where products
+of float32 are rounded to TF32 the limit is as there: rounding alone reads 4.1e-4
+sqrt(n) after n exact layers (emulated), and gradients are off by 0.8 of a reading at
+most. Limits: an error that the signs cancel is missed with the probability that all
+sums cancel at once; features of one row are not told apart, so an error in some whose
+cotangents are tiny beside the others' counts as little as they do.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +43,7 @@ from passes.graph import Var
 
 Array = Any
 
-_FEW, _BUCKETS = 64, 16  # with few features at least as many buckets
-_LONG = 1024  # rows in a bucket: XLA multiplies apart from a longer sum
-_SUMS = 1024  # of one bucket
+_FEW, _BUCKETS, _LONG, _SUMS = 64, 16, 256, 1024
 _FEATURES = 8  # at least, of a row of several axes
 
 
@@ -55,69 +52,60 @@ class Sketcher:
     """Takes sketches of cotangents of one run.
 
     Attributes:
-      signs: +-1 of each feature, by their number, where they are summed in groups.
+      signs: for each shape (buckets, features) an array of +-1.
       weights: one factor a row, sign included; None where rows are not told apart.
       rows: how many leading axes are those of rows.
-      narrow: whether buckets are summed, where sketches of all steps are kept.
     """
 
-    signs: dict[int, Array]
+    signs: dict[tuple[int, int], Array]
     weights: Array | None
     rows: int
-    narrow: bool = False
 
     def __call__(self, h: Array) -> Array:
-        """The sketch, [buckets, sums], in float32 or float64."""
-        _, features = _flat(h, self.rows)
-        found = _sketch(h, self.signs.get(features), self.weights, self.rows)
-        if sketch_shape(h, self.rows, self.narrow)[0] == len(found):
-            return found
-        # Signs, or XLA makes one sum of two, and that is too long.
-        return (found * _signs((len(found), 1), 3)).sum(0, keepdims=True)
+        """The sketch, [buckets, groups], in float32 or float64."""
+        count, features = _flat(h, self.rows)
+        signs = self.signs[_buckets(count), features]
+        return _sketch(h, signs, self.weights, self.rows)
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def _sketch(h: Array, signs: Array | None, weights: Array | None, rows: int) -> Array:
+def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
-    (count, features), (buckets, sums) = _flat(h, rows), sketch_shape(h, rows)
+    (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)
     flat = h.reshape(count, features).astype(wide)
     if weights is not None:
         flat = flat * weights.astype(wide)[:, None]
+    # Two short sums: XLA multiplies apart from a long one, and writes the product.
+    buckets = _buckets(count)
     whole = count // buckets * buckets
     summed = flat[:whole].reshape(-1, buckets, features).sum(0)
     if whole < count:
         rest = flat[whole:]
         summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-    if signs is None:
-        return summed
-    size = -(-features // sums)
-    signed = jnp.pad(summed * signs.astype(wide), ((0, 0), (0, sums * size - features)))
-    return signed.reshape(buckets, sums, size).sum(2)
+    signed = summed * signs.astype(wide)
+    size = -(-features // groups)
+    if short := groups * size - features:
+        signed = jnp.pad(signed, ((0, 0), (0, short)))
+    return signed.reshape(-1, kept, groups, size).sum((0, 3))
 
 
-def sketch_shape(ct: Any, rows: int, narrow: bool = False) -> tuple[int, int]:
-    """Buckets of rows, and sums over each, of a sketch.
+def sketch_shape(ct: Any, rows: int) -> tuple[int, int]:
+    """Buckets of rows, if they are kept, and groups of features of a sketch.
 
     Args:
       ct: the cotangent, or what has its shape and dtype.
       rows: how many leading axes are those of rows.
-      narrow: see `Sketcher`.
     """
     count, features = _flat(ct, rows)
-    if count >= _LONG:
-        # Of the cotangent that is at most one sum for 512 of its entries.
-        if features < _FEW:
-            return max(-(-count // _LONG), _BUCKETS), features
-        return 1 if narrow else -(-count // _LONG), features
-    buckets = min(_BUCKETS, count) if features < _FEW else 1
-    return buckets, min(_SUMS, features)
+    kept = min(_BUCKETS, count) if features < _FEW else 1
+    return kept, min(_SUMS, features)
 
 
-def planned_shape(ct: Var, kept: int, narrow: bool = False) -> tuple[int, int]:
+def planned_shape(ct: Var, kept: int) -> tuple[int, int]:
     """`sketch_shape` of a variable by itself."""
-    return sketch_shape(ct.aval, row_axes([ct.aval], kept), narrow)
+    return sketch_shape(ct.aval, row_axes([ct.aval], kept))
 
 
 def row_axes(cts: Sequence[Any], kept: int) -> int:
@@ -138,16 +126,20 @@ def _flat(ct: Any, rows: int) -> tuple[int, int]:
     return count, parts * math.prod(ct.shape) // max(1, count)
 
 
-def sketcher(
-    last: Array, cts: Sequence[Any], kept: int, narrow: bool = False
-) -> Sketcher:
+def _buckets(count: int) -> int:
+    """Of at most `_LONG` rows, and a multiple of `_BUCKETS` if there are as many."""
+    if count <= _BUCKETS:
+        return count
+    return _BUCKETS * -(-count // (_BUCKETS * _LONG))
+
+
+def sketcher(last: Array, cts: Sequence[Any], kept: int) -> Sketcher:
     """The sketcher of a run.
 
     Args:
       last: the cotangent that enters sweep R.
       cts: all cotangents of the run, or what has their shapes and dtypes.
       kept: how many leading axes are those of rows throughout.
-      narrow: see `Sketcher`.
     """
     weights = None
     rows = row_axes([last, *cts], kept)
@@ -160,18 +152,16 @@ def sketcher(
         scale = jnp.where(fine, jnp.exp2(-jnp.clip(power, -126, 126)), 1)
         scale = jnp.where(size == 0, 0, scale)
         weights = scale * _signs((count,), 1)
-    grouped = {_flat(ct, rows)[1] for ct in cts if _is_grouped(ct, rows)}
-    made = sorted(grouped)
-    signs = [_signs((features,), 2) for features in made]
+    wanted = set()
+    for ct in cts:
+        count, features = _flat(ct, rows)
+        wanted.add((_buckets(count), features))
+    made = sorted(wanted)
+    signs = [_signs(shape, 2) for shape in made]
     # Made once: fused into every sketch they would be made in every stage.
     held = barrier([*signs, *([] if weights is None else [weights])])
     found = dict(zip(made, held, strict=False))
-    return Sketcher(found, None if weights is None else held[-1], rows, narrow)
-
-
-def _is_grouped(ct: Any, rows: int) -> bool:
-    """Whether features are summed in groups."""
-    return sketch_shape(ct, rows)[1] < _flat(ct, rows)[1]
+    return Sketcher(found, None if weights is None else held[-1], rows)
 
 
 def _signs(shape: tuple[int, ...], seed: int) -> Array:
@@ -183,64 +173,38 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
     return (1 - 2 * (index & np.uint32(1)).astype(jnp.float32)).reshape(shape)
 
 
-class Comparison(NamedTuple):
-    """Of two sketches.
-
-    Attributes:
-      over: |s - s'|^2 - limit^2 |s|^2 in one sum, over the square of the unit.
-      gap: |s - s'|^2, over the same.
-      size: |s|^2, over the same.
-      top: the largest of s, by its size.
-    """
-
-    over: Array
-    gap: Array
-    size: Array
-    top: Array
-
-    @property
-    def fine(self) -> Array:
-        """Whether it passes: squares that vanish or overflow do not; zeros do."""
-        return (self.over < (self.top == 0)) & (self.over > -jnp.inf)
-
-    @property
-    def unit(self) -> Array:
-        """For the next stage, which does not pass either where this one does not.
-
-        The unit of a stage by itself would be a kernel a stage. And a condition in the
-        sum is computed once: where barriers are dropped, a chain of conditions beside
-        it is computed again, whole, for every gradient that reads it.
-        """
-        return jnp.where(self.fine, _unit(self.top), jnp.nan)
-
-
-def _unit(top: Array) -> Array:
-    return jnp.where(top == 0, 1, top)
-
-
 @jax.jit
 def compare(
-    expected: Array, found: Array, limit: Array | float, unit: Array | None = None
-) -> Comparison:
-    """Compares two sketches.
+    expected: Array, found: Array, before: Array | bool = True
+) -> tuple[Array, Array]:
+    """|s - s'|^2 and |s|^2 of two sketches, over the square of the largest of s.
 
     Args:
       expected: s, of the cotangent that was.
       found: s', of the one that was rebuilt.
-      limit: the largest reading that passes.
-      unit: of the stage before; None for the largest of s. Without one squares of what
-        is tiny would vanish.
+      before: whether the comparisons before it pass: if not, the first is infinite.
     """
-    top = jnp.max(jnp.abs(expected))
-    unit = _unit(top) if unit is None else unit
-    gap, size = ((expected - found) / unit) ** 2, (expected / unit) ** 2
-    over = gap - limit * limit * size
-    return Comparison(jnp.sum(over), jnp.sum(gap), jnp.sum(size), top)
+    # Squares of what is tiny would vanish, and the gap pass. What is not finite divided
+    # by itself is NaN, which trips.
+    scale = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
+    # In the sum, which is computed once: where barriers are dropped, a chain of
+    # conditions beside it is computed again, whole, for every gradient that reads it.
+    gap = jnp.sum(jnp.where(before, ((expected - found) / scale) ** 2, jnp.inf))
+    return gap, jnp.sum((expected / scale) ** 2)
 
 
-def reading(one: Comparison) -> Array:
-    """|s - s'| / |s|; not finite where either is not."""
-    return jnp.sqrt(jnp.where(one.gap == 0, 0, one.gap / one.size)).astype(jnp.float32)
+def fine(gap: Array, size: Array, limit: Array | float) -> Array:
+    """Whether a comparison passes; written so that NaN does not.
+
+    Without a root or a quotient, for it is computed with every gradient. Zero
+    cotangents pass.
+    """
+    return gap <= limit * limit * size
+
+
+def reading(gap: Array, size: Array) -> Array:
+    """|s - s'| / |s| of a comparison; not finite where either is not."""
+    return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
 
 
 def drift(readings: Array, passes: Array, limit: Array | float) -> Array:

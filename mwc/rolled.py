@@ -85,7 +85,7 @@ class _Rebuilding(Sweeps):
         ask = self.asked(wanted)
         c_vars = [v for v in self.const_vars if v in ask]
         x_vars = [v for v in self.x_vars if v in ask]
-        take = guard.sketcher(h, [aval], self._one.found.rows, narrow=True)
+        take = guard.sketcher(h, [aval], self._one.found.rows)
         h, marks, ties, stops = self._back(h, bits, take)
         found: Values = {self._one.state: astype(h, self._one.state)}
         if c_vars or x_vars:
@@ -173,7 +173,6 @@ class _Rebuilding(Sweeps):
         g_consts = [stacks.zeros(None, v.aval, v) for v in c_vars]
         g_xs = [stacks.zeros(loop.length, v.aval, v) for v in x_vars]
         worst = _jax.zeros((), jnp.float32, one.result.aval)
-        limit = guard.tolerance(one.result.aval.dtype, loop.exact, loop.tolerance)
 
         once = [of for of in one.claims if one.made_of(of) <= {*self.const_vars}]
         always = dict(zip(self.const_vars, self._consts, strict=True))
@@ -195,9 +194,7 @@ class _Rebuilding(Sweeps):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            seen = guard.compare(stacks.take(marks, i), take(h), limit)
-            # A reading that is NaN stays: jnp.maximum passes it on.
-            worst = jnp.maximum(worst, guard.reading(seen))
+            seen = guard.reading(*guard.compare(stacks.take(marks, i), take(h)))
             grads = one.gradients(values, kept, known, ask)
             g_consts = [
                 g + grads[v] if v in grads else g
@@ -214,10 +211,12 @@ class _Rebuilding(Sweeps):
             rest = iter(held[len(fresh) :])
             g_consts, g_xs = ([next(rest) for _ in g] for g in (g_consts, g_xs))
             outs = one.stage.results(values, kept)[: len(self._init)]
-            return outs, h, worst, g_consts, g_xs
+            # A reading that is NaN stays: jnp.maximum passes it on.
+            return outs, h, jnp.maximum(worst, seen), g_consts, g_xs
 
         state = (self._init, h, worst, g_consts, g_xs)
         _, _, worst, g_consts, g_xs = lax.fori_loop(0, loop.length, step, state)
+        limit = guard.tolerance(one.result.aval.dtype, loop.exact, loop.tolerance)
         passes = worst <= limit
         grads = guard.nan_unless(passes, [*g_consts, *g_xs])
         found = dict(zip((*c_vars, *x_vars), grads, strict=True))

@@ -80,11 +80,6 @@ class Moonwalk(Whole):
         invars = tuple(v for v in reads if v not in bound)
         return Graph(invars, (self.stages[-1].result,), tuple(eqns))
 
-    @property
-    def entry(self) -> tuple[Var, ...]:
-        """What its first stage reads; sweeps hold back the rest themselves."""
-        return self.straight[0].graph.invars
-
     @functools.cached_property
     def shares(self) -> tuple[Share, ...]:
         """Where the bits of each stage are kept."""
@@ -175,7 +170,7 @@ class Moonwalk(Whole):
         if self.lead is not None and found:
             h, *held = barrier([h, *found.values()])
             found.update(zip(found, held, strict=True))
-        first = self.entry
+        first = self.straight[0].graph.invars
         read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
         names = [v for v in first if v in values]
         others = [v for v in read if v in values and v not in first]
@@ -293,8 +288,9 @@ class Moonwalk(Whole):
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
-        drifts: list[Array] = []
-        unit = None
+        gaps: list[Array] = []
+        sizes: list[Array] = []
+        fine = jnp.asarray(True)
         saved = list(saved)
         held = tie(self._waiting(0, values, saved, 0), h)
         for i, one in enumerate(stages):
@@ -306,12 +302,13 @@ class Moonwalk(Whole):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            seen = guard.compare(marks[i], take(h), limit, unit)
-            unit = seen.unit
-            drifts.append(guard.drift(guard.reading(seen), seen.fine, limit))
+            gap, size = guard.compare(marks[i], take(h), fine)
+            fine = guard.fine(gap, size, limit)
+            gaps.append(gap)
+            sizes.append(size)
             more = one.gradients(given, bits, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
-            safe = guard.nan_unless(seen.fine, list(more.values()))
+            safe = guard.nan_unless(fine, list(more.values()))
             grads = _added(found, dict(zip(more, safe, strict=True)))
             ends, waiting = [], []
             if i + 1 < len(stages):
@@ -325,7 +322,9 @@ class Moonwalk(Whole):
             if ends:
                 values[one.result] = both[-1]
         if DRIFT in wanted:
-            found[DRIFT] = jnp.stack(drifts)
+            seen = jnp.stack(gaps), jnp.stack(sizes)
+            passes = guard.fine(*seen, limit)
+            found[DRIFT] = guard.drift(guard.reading(*seen), passes, limit)
         return found
 
 
