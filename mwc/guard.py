@@ -78,6 +78,7 @@ def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     if weights is not None:
         flat = flat * weights.astype(wide)[:, None]
     # Two short sums: XLA multiplies apart from a long one, and writes the product.
+    # And where rows are alike, one sum for all features may vanish by its signs.
     buckets = _buckets(count)
     whole = count // buckets * buckets
     summed = flat[:whole].reshape(-1, buckets, features).sum(0)

@@ -73,6 +73,17 @@ def test_sketches(shape, kept):
     assert not guard.fine(*guard.compare(take(0 * h), take(h)), 1e-5)
 
 
+@pytest.mark.parametrize("count", [64, 256, 1023, 4096])
+def test_rows_alike_do_not_cancel(count):
+    """Of a mean over samples, say: noise must not read as much more than it is."""
+    draw = np.random.default_rng(9)
+    row = np.float32(draw.standard_normal(64))
+    h = jnp.broadcast_to(row, (count, 64))
+    off = h + np.float32(1e-3 * draw.standard_normal((count, 64)))
+    take = guard.sketcher(h, [h], 1)
+    assert 3e-4 < reading(take(h), take(off)) < 3e-3
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e36])
 def test_a_reading_does_not_depend_on_scale(scale):
     """Squares of tiny sums would vanish, and those of large ones overflow."""
