@@ -159,3 +159,18 @@ def test_a_broken_claim_is_no_error_but_nan():
     value, grads = ours.value_and_grad(ws, np.float32(X))
     np.testing.assert_allclose(value, loss(ws, np.float32(X)), rtol=1e-6)
     assert np.isnan(grads[1]).all()
+
+
+def test_a_declaration_is_nothing_that_backpropagation_keeps():
+    """Also around data, which are there anyway."""
+    weights = [np.linalg.qr(np.eye(6) + i)[0] for i in range(3)]
+
+    def kept(layer):
+        def loss(weights, x):
+            for w in weights:
+                x = jnp.abs(layer(x, w))
+            return jnp.mean(x)
+
+        return mwc.moonwalk_compile(loss).plan(weights, X).backprop_bytes
+
+    assert kept(coisometric(lambda x, w: x @ w)) == kept(lambda x, w: x @ w) > 0
