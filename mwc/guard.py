@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
         h = jnp.stack([h.real, h.imag], axis=-1)
     flat = h.reshape(count, features).astype(wide)
     if weights is not None:
-        flat = flat * weights.astype(wide)[:, None]
+        flat = flat * lax.broadcast_in_dim(weights.astype(wide), flat.shape, (0,))
     # Two short sums: XLA multiplies apart from a long one, and writes the product.
     # And where rows are alike, one sum for all features may vanish by its signs.
     buckets = _buckets(count)
@@ -174,37 +174,66 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
     return (1 - 2 * (index & np.uint32(1)).astype(jnp.float32)).reshape(shape)
 
 
+class Unit(NamedTuple):
+    """What sketches of a few stages are measured in; that of each is a kernel more.
+
+    Attributes:
+      inverse: one over the largest entry of all of them.
+      slack: what lets zeros pass, and nothing else: 0 where any entry is not zero.
+    """
+
+    inverse: Array
+    slack: Array
+
+
+@jax.jit
+def unit_of(sketches: Sequence[Array]) -> Unit:
+    """That of sketches s; one that is not finite makes all comparisons trip."""
+    # Of all that are alike at once: a largest entry of each is a kernel more.
+    alike: dict[Any, Array] = {}
+    for s in map(jnp.abs, sketches):
+        kind = s.shape, s.dtype
+        alike[kind] = jnp.maximum(alike[kind], s) if kind in alike else s
+    top = functools.reduce(jnp.maximum, map(jnp.max, alike.values()))
+    slack = jnp.where(top == 0, jnp.finfo(top.dtype).tiny, 0)
+    return Unit(1 / jnp.where(top == 0, 1, top), slack)
+
+
 @jax.jit
 def compare(
-    expected: Array, found: Array, before: Array | bool = True
-) -> tuple[Array, Array]:
-    """|s - s'|^2 and |s|^2 of two sketches, over the square of the largest of s.
+    expected: Array,
+    found: Array,
+    limit: Array | float,
+    unit: Unit,
+    before: Array | bool = True,
+) -> Array:
+    """Whether |s - s'| < limit |s|, or both are zero.
+
+    What is not finite does not pass, nor do squares that vanish: those of an s that is
+    1e13 times smaller than the largest in its unit.
 
     Args:
       expected: s, of the cotangent that was.
       found: s', of the one that was rebuilt.
-      before: whether the comparisons before it pass: if not, the first is infinite.
+      limit: the largest reading that passes.
+      unit: of s and of those of a few other stages.
+      before: whether the comparisons before it pass; if not, this one does not.
     """
-    # Squares of what is tiny would vanish, and the gap pass. What is not finite divided
-    # by itself is NaN, which trips.
-    scale = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
-    # In the sum, which is computed once: where barriers are dropped, a chain of
-    # conditions beside it is computed again, whole, for every gradient that reads it.
-    gap = jnp.sum(jnp.where(before, ((expected - found) / scale) ** 2, jnp.inf))
-    return gap, jnp.sum((expected / scale) ** 2)
+    # One sum for all that is asked, for each is a kernel of every stage. Those before
+    # are in it, too: where barriers are dropped, a chain of conditions beside it is
+    # computed again, whole, for every gradient that reads it.
+    inverse = jnp.where(before, unit.inverse, jnp.nan).astype(expected.dtype)
+    off, size = (expected - found) * inverse, expected * (limit * inverse)
+    return jnp.sum(off * off - size * size) < unit.slack
 
 
-def fine(gap: Array, size: Array, limit: Array | float) -> Array:
-    """Whether a comparison passes; written so that NaN does not.
-
-    Without a root or a quotient, for it is computed with every gradient. Zero
-    cotangents pass.
-    """
-    return gap <= limit * limit * size
-
-
-def reading(gap: Array, size: Array) -> Array:
-    """|s - s'| / |s| of a comparison; not finite where either is not."""
+@jax.jit
+def reading(expected: Array, found: Array) -> Array:
+    """|s - s'| / |s| of two sketches; not finite where either is not."""
+    # Squares of what is tiny would vanish. What is not finite divided by itself is NaN.
+    top = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(expected.dtype).tiny)
+    gap = jnp.sum(((expected - found) / top) ** 2)
+    size = jnp.sum((expected / top) ** 2)
     return jnp.sqrt(jnp.where(gap == 0, 0, gap / size)).astype(jnp.float32)
 
 

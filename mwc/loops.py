@@ -76,6 +76,11 @@ class Loop:
         return carries + (self.body.bits if self.pruned else 0)
 
     @property
+    def entry(self) -> tuple[Var, ...]:
+        """See `Stage`."""
+        return self.graph.invars
+
+    @property
     def guards(self) -> int:
         """One reading, the worst of all steps, if the body has a guard."""
         return min(1, self.body.guards)

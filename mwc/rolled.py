@@ -23,7 +23,7 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
-from mwc.nodes.polish import Claim, polished
+from mwc.nodes.polish import Claim, polished, wanted_steps
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
@@ -110,10 +110,11 @@ class _Rebuilding(Sweeps):
     def _polished(
         self, claims: Sequence[Claim], values: Values, bits: Sequence[Array]
     ) -> Values:
-        one = self._one
-        return {
-            of.var: polished([one.weight(of, values, bits)], of)[0] for of in claims
-        }
+        made: Values = {}
+        for of in claims:
+            stack = self._one.weight(of, values, bits)[None]
+            (made[of.var],) = polished(stack, of, wanted_steps([stack], of))
+        return made
 
     def _back(
         self, h: Array, bits: Sequence[Array], take: guard.Sketcher
@@ -194,7 +195,7 @@ class _Rebuilding(Sweeps):
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            seen = guard.reading(*guard.compare(stacks.take(marks, i), take(h)))
+            seen = guard.reading(stacks.take(marks, i), take(h))
             grads = one.gradients(values, kept, known, ask)
             g_consts = [
                 g + grads[v] if v in grads else g

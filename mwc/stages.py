@@ -42,6 +42,7 @@ class Stage(Protocol):
       names: inputs and results that a stored stage needs besides; they are kept
         under their own names, so that an array is kept once.
       guards: readings that `pull` gives for `DRIFT`, where it is wanted.
+      entry: the inputs from which all that is run again follows.
     """
 
     @property
@@ -66,6 +67,11 @@ class Stage(Protocol):
 
     @property
     def guards(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def entry(self) -> tuple[Var, ...]:
         """See the class."""
         ...
 
@@ -115,6 +121,11 @@ class Whole:
         """See `Stage`."""
         return ()
 
+    @property
+    def entry(self: Stage) -> tuple[Var, ...]:
+        """See `Stage`."""
+        return self.graph.invars
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Straight:
@@ -153,6 +164,11 @@ class Straight:
     def guards(self) -> int:
         """Nothing is rebuilt."""
         return 0
+
+    @property
+    def entry(self) -> tuple[Var, ...]:
+        """See `Stage`."""
+        return self.graph.invars
 
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`; one that is there is not run for."""

@@ -5,15 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mwc.nodes.polish import Claim, polished, together
+from mwc.nodes.polish import Claim, batches, polished, together, wanted_steps
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def a_claim(*shape, axis=1, scale=1.0):
+def a_claim(*shape, axis=1, scale=1.0, given=True):
     (var,) = jax.make_jaxpr(lambda w: w)(jnp.zeros(shape, jnp.float32)).jaxpr.invars
-    return Claim(var, axis, scale)
+    return Claim(var, axis, scale, given)
+
+
+def mended(weights, of):
+    """Checked one by one and all at once: both give the same number of steps."""
+    stack = jnp.stack(weights)
+    steps = wanted_steps([stack], of)
+    assert steps == wanted_steps([w[None] for w in weights], of)
+    return polished(stack, of, steps)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -25,26 +33,24 @@ def test_newton_steps(axis, scale):
     moved = np.sqrt(scale) * (np.stack([isometry(n, k)] * 3) + size * noise)
     given = jnp.asarray(moved if axis else np.swapaxes(moved, 1, 2), jnp.float32)
     shape = (n, k) if axis else (k, n)
-    made = jax.jit(
-        lambda ws: polished(list(ws), a_claim(*shape, axis=axis, scale=scale))
-    )
-    for weight, found in zip(moved, made(given), strict=True):
+    made = mended(list(given), a_claim(*shape, axis=axis, scale=scale))
+    for weight, found in zip(moved, made, strict=True):
         right = np.asarray(found if axis else found.T, np.float64) / scale
         np.testing.assert_allclose(weight.T @ right, np.eye(k), atol=3e-6)
 
 
 def test_exact_weights_stay():
     weights = [jnp.asarray(isometry(9, 9), jnp.float32) for _ in range(2)]
-    for one, found in zip(weights, polished(weights, a_claim(9, 9)), strict=True):
+    for one, found in zip(weights, mended(weights, a_claim(9, 9)), strict=True):
         np.testing.assert_array_equal(one, found)
 
 
 def test_what_is_far_off_is_left_to_the_guard():
     for fill in (0, np.nan):
-        (found,) = polished([jnp.full((5, 4), fill)], a_claim(5, 4))
+        (found,) = mended([jnp.full((5, 4), fill)], a_claim(5, 4))
         np.testing.assert_array_equal(found, fill)
     moved = isometry(5, 4) + 1e-3
-    far, near = polished([3 * jnp.ones((5, 4)), jnp.asarray(moved)], a_claim(5, 4))
+    far, near = mended([3 * jnp.ones((5, 4)), jnp.asarray(moved)], a_claim(5, 4))
     assert not np.max(np.abs(3 * np.ones((4, 5)) @ far - np.eye(4))) < 0.5
     np.testing.assert_allclose(moved.T @ near, np.eye(4), atol=3e-6)
 
@@ -53,7 +59,18 @@ def test_groups_have_every_claim():
     square, tall = a_claim(4, 4), a_claim(6, 4)
     claims = [(square, tall), (square,), (square,), (), (a_claim(4, 4, scale=2.0),)]
     groups = together(claims, most=2 * 4 * 16)
-    found = [pair for some in groups.values() for group in some for pair in group]
+    found = [pair for group in groups for pair in group]
     assert found == [(i, one) for i, some in enumerate(claims) for one in some]
-    assert [len(g) for some in groups.values() for g in some] == [1, 1, 2, 1]
-    assert all(some[0][0][0] == first for first, some in groups.items())
+    assert [len(group) for group in groups] == [1, 1, 2, 1]
+
+
+def test_batches_have_every_group():
+    """Arguments by themselves are checked together; others are not."""
+    made, given = a_claim(4, 4, given=False), a_claim(4, 4)
+    claims = [(one,) for one in [given] * 10 + [made] * 2 + [a_claim(6, 4)]]
+    groups = together(claims, most=4 * 16)
+    found = batches(groups)
+    assert [group for some in found for group in some] == groups
+    assert [len(some) for some in found] == [8, 2, 1, 1, 1]
+    pairs = together(claims, most=2 * 4 * 16)
+    assert [len(some) for some in batches(pairs)] == [1] * len(pairs)

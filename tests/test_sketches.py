@@ -1,5 +1,6 @@
 """Sketches: a cotangent that is off reads off, whatever its shape."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from mwc import guard
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def reading(expected, found):
-    return guard.reading(*guard.compare(expected, found))
+reading = guard.reading
+
+
+def passes(expected, found, limit, **options):
+    return guard.compare(expected, found, limit, guard.unit_of([expected]), **options)
 
 
 def test_one_row_of_a_tiny_scale_counts():
@@ -63,14 +67,16 @@ def test_sketches(shape, kept):
     assert 1e-5 < seen < 1e-2
     for bad in (np.nan, np.inf):
         spoiled = h.at[(0,) * h.ndim].set(bad)
-        assert not guard.fine(*guard.compare(take(h), take(spoiled)), 1.0)
-        assert not guard.fine(*guard.compare(take(spoiled), take(h)), 1.0)
-    assert reading(take(0 * h), take(0 * h)) == 0
+        assert not passes(take(h), take(spoiled), 1.0)
+        assert not passes(take(spoiled), take(h), 1.0)
+        assert not reading(take(h), take(spoiled)) <= 1.0
+    zero = take(0 * h)
+    assert reading(zero, zero) == 0
+    assert passes(zero, zero, 1e-5)
+    assert not passes(zero, take(h), 1e-5)
     # What comes after a trip passes it on, however well it agrees.
-    after = guard.compare(take(h), take(h), jnp.asarray(False))
-    assert guard.reading(*after) == np.inf
-    assert not guard.fine(*after, 1.0)
-    assert not guard.fine(*guard.compare(take(0 * h), take(h)), 1e-5)
+    assert passes(take(h), take(h), 1e-5)
+    assert not passes(take(h), take(h), 1e-5, before=jnp.asarray(False))
 
 
 @pytest.mark.parametrize("count", [64, 256, 1023, 4096])
@@ -92,21 +98,42 @@ def test_a_reading_does_not_depend_on_scale(scale):
     seen = reading(jnp.asarray(a), jnp.asarray(b))
     scaled = [jnp.asarray(np.float32(scale) * x) for x in (a, b)]
     np.testing.assert_allclose(reading(*scaled), seen, rtol=1e-5)
-    assert not guard.fine(*guard.compare(scaled[0], 0 * scaled[1]), 0.5)
+    assert passes(*scaled, 1.01 * seen)
+    assert not passes(*scaled, 0.99 * seen)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-13, 1e-25, 0.0])
+def test_what_vanishes_beside_others_does_not_pass(scale):
+    """Sketches are measured in the largest of a few; squares of tiny ones vanish."""
+    s = jnp.asarray(np.float32(np.random.default_rng(8).standard_normal((1, 64))))
+    tiny = np.float32(scale) * s
+    unit = guard.unit_of([s, tiny])
+    assert not guard.compare(tiny, 1.1 * tiny, 1e-5, unit)
+    assert guard.compare(tiny, tiny, 1e-5, unit) == (scale >= 1e-13)
+    assert not guard.compare(s, s, 1e-5, guard.unit_of([s, np.nan * s]))
+    assert not guard.compare(s, s, 1e-5, guard.unit_of([s, np.inf * s]))
+
+
+def test_sketches_unlike_share_a_unit():
+    a, b = np.float32(np.random.default_rng(8).standard_normal((2, 1, 64)))
+    unit = guard.unit_of([jnp.asarray(a), jnp.asarray(7 * b[:, :5])])
+    top = max(np.abs(a).max(), np.abs(7 * b[:, :5]).max())
+    np.testing.assert_allclose(unit.inverse, 1 / top, rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [1e-5, 2e-2, 6e-3])
 def test_drift_is_above_one_where_a_gradient_is_nan(limit):
     """Also for readings that differ from the limit by rounding."""
     near = np.float32(limit) * (1 + np.arange(-64, 65) * np.float32(2**-24))
-    gap, size = jnp.asarray(near**2), jnp.ones(len(near), np.float32)
-    passes = guard.fine(gap, size, np.float32(limit))
-    assert passes.any()
-    assert not passes.all()
-    over = guard.drift(guard.reading(gap, size), passes, np.float32(limit))
-    np.testing.assert_array_equal(over > 1, ~passes)
+    one = jnp.asarray([[1, 0]], jnp.float32)
+    found = jnp.stack([jnp.ones(len(near)), jnp.asarray(near)], axis=1)[:, None]
+    fine = jax.vmap(lambda s: passes(one, s, np.float32(limit)))(found)
+    assert fine.any()
+    assert not fine.all()
+    seen = jax.vmap(lambda s: reading(one, s))(found)
+    over = guard.drift(seen, fine, np.float32(limit))
+    np.testing.assert_array_equal(over > 1, ~fine)
     for bad in (np.nan, np.inf):
-        passes = guard.fine(jnp.float32(bad), jnp.float32(1), limit)
-        assert not passes
-        seen = guard.reading(jnp.float32(bad), jnp.float32(1))
-        assert not guard.drift(seen, passes, limit) <= 1
+        fine = passes(one, bad * one, limit)
+        assert not fine
+        assert not guard.drift(reading(one, bad * one), fine, limit) <= 1

@@ -233,21 +233,16 @@ class _Sweep:
         """Inputs for running stages again: not available before the cotangent is."""
         stages = self._node.stages[start:stop]
         read = dict.fromkeys(v for s in stages for v in s.graph.invars)
-        own = [v for v in read if v in state]
-        fresh = dict(state)
-        if own:
-            held = tie([state[v] for v in own], self._token)
-            fresh.update(zip(own, held, strict=True))
-            fresh |= self._given(read, state)
-        else:
-            given = [v for v in read if v in self._values]
-            held = tie([self._values[v] for v in given], self._token)
-            fresh.update(zip(given, held, strict=True))
-        return {**self._values, **fresh}
+        own = {v: state[v] for v in read if v in state}
+        if not own:
+            entry = stages[0].entry
+            own = {v: self._values[v] for v in entry if v in self._values}
+        held = dict(zip(own, tie([*own.values()], self._token), strict=True))
+        return {**self._values, **state, **held, **self._given(read, {**state, **own})}
 
-    def _given(self, read: Iterable[Var], state: Values) -> Values:
+    def _given(self, read: Iterable[Var], other: Collection[Var]) -> Values:
         """The program's own inputs that are read; not before the cotangent is."""
-        given = [v for v in read if v in self._values and v not in state]
+        given = [v for v in read if v in self._values and v not in other]
         token = [] if self._token is None else [self._token]
         held = barrier([*(self._values[v] for v in given), *token])
         return dict(zip(given, held, strict=False))

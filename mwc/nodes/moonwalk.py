@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import after, barrier, relay, tie
-from mwc.nodes.polish import Group, polished, together
+from mwc.nodes.polish import Group, batches, polished, together, wanted_steps
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.stages import DRIFT, Straight, Values, Whole
@@ -38,6 +38,7 @@ from passes.graph import Graph, Var, astype, is_var, nbytes
 Array = Any
 
 _POLISHED = 0.4  # of a state: weights that are polished at once
+_MEASURED = 4  # stages whose sketches are compared in one unit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +80,11 @@ class Moonwalk(Whole):
         reads = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
         invars = tuple(v for v in reads if v not in bound)
         return Graph(invars, (self.stages[-1].result,), tuple(eqns))
+
+    @property
+    def entry(self) -> tuple[Var, ...]:
+        """What its first stage reads; sweeps hold back the rest themselves."""
+        return self.straight[0].graph.invars
 
     @functools.cached_property
     def shares(self) -> tuple[Share, ...]:
@@ -170,7 +176,7 @@ class Moonwalk(Whole):
         if self.lead is not None and found:
             h, *held = barrier([h, *found.values()])
             found.update(zip(found, held, strict=True))
-        first = self.straight[0].graph.invars
+        first = self.entry
         read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
         names = [v for v in first if v in values]
         others = [v for v in read if v in values and v not in first]
@@ -222,28 +228,49 @@ class Moonwalk(Whole):
             saved[at] = waited
         return saved[at] if place is None else [x[place] for x in saved[at]]
 
+    def _checked(self, batch: Sequence[Group], values: Values) -> Array | None:
+        """Newton steps that weights want which are arguments, one in each group."""
+        of = batch[0][0][1]
+        if len(batch[0]) > 1 or not of.given:
+            return None
+        given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
+        return wanted_steps([values[v][None] for v in given], of)
+
     def _polish(
         self,
         group: Group,
+        steps: Array | None,
         h: Array,
-        saved: Sequence[Array],
         values: Values,
-        weights: dict[int, Values],
-    ) -> None:
-        """Adds to `weights`, by stage, those of a group, not before `h` is there.
+        saved: Sequence[Array],
+    ) -> dict[int, Values]:
+        """What takes the place of the weights of a group, by stage.
 
-        Without it the compiler would polish all groups first, and keep them.
+        It waits for h, or the compiler would polish all groups first, and keep them.
+
+        Args:
+          group: its weights.
+          steps: Newton steps that they want, if that is known.
+          h: the newest cotangent.
+          values: the inputs of all stages.
+          saved: what the first pass kept.
         """
         sources = [*dict.fromkeys(v for i, _ in group for v in self.stages[i].sources)]
         held = tie([values[v] for v in sources], h)
         values = values | dict(zip(sources, held, strict=True))
-        plain = [
-            self.stages[i].weight(one, values, self._bits(i, [], [*saved]))
-            for i, one in group
+        weights = [
+            self.stages[i].weight(of, values, self._bits(i, [], [*saved]))
+            for i, of in group
         ]
-        made = polished(tie(plain, h), group[0][1])
-        for (i, one), weight in zip(group, made, strict=True):
-            weights.setdefault(i, {})[one.var] = weight
+        start, of = jnp.stack(tie(weights, h)), group[0][1]
+        # An argument is there anyway: only what is made of it waits.
+        stack = start if steps is None else jnp.stack(weights)
+        steps = wanted_steps([stack], of) if steps is None else steps
+        made: dict[int, Values] = {}
+        inverses = polished(stack, of, steps, start)
+        for (i, one), weight in zip(group, inverses, strict=True):
+            made.setdefault(i, {})[one.var] = weight
+        return made
 
     def _back(
         self,
@@ -284,28 +311,36 @@ class Moonwalk(Whole):
         stages = self.stages[: len(marks)]
         found: Values = {}
         most = int(_POLISHED * nbytes(stages[0].state))
-        groups = together([one.claims for one in stages], most)
+        turns: dict[int, list[tuple[Group, Array | None]]] = {}
+        for batch in batches(together([one.claims for one in stages], most)):
+            steps = self._checked(batch, values)
+            for group in batch:
+                turns.setdefault(group[0][0], []).append((group, steps))
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
-        gaps: list[Array] = []
-        sizes: list[Array] = []
+        drifts: list[Array] = []
         fine = jnp.asarray(True)
+        unit = guard.unit_of(marks[:_MEASURED])
         saved = list(saved)
         held = tie(self._waiting(0, values, saved, 0), h)
         for i, one in enumerate(stages):
             given = self._given(i, held, values)
             bits = self._bits(i, held, saved)
-            for group in groups.get(i, []):
-                self._polish(group, h, saved, values, weights)
+            for group, steps in turns.get(i, []):
+                for j, made in self._polish(group, steps, h, values, saved).items():
+                    weights[j] = weights.get(j, {}) | made
             known = one.push(given, bits, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, given[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h
-            gap, size = guard.compare(marks[i], take(h), fine)
-            fine = guard.fine(gap, size, limit)
-            gaps.append(gap)
-            sizes.append(size)
+            if i and i % _MEASURED == 0:
+                unit = guard.unit_of(marks[i : i + _MEASURED])
+            seen = take(h)
+            fine = guard.compare(marks[i], seen, limit, unit, fine)
+            if DRIFT in wanted:
+                reading = guard.reading(marks[i], seen)
+                drifts.append(guard.drift(reading, fine, limit))
             more = one.gradients(given, bits, known, wanted)
             # Now, not at the end: selected then, each would be kept beside its result.
             safe = guard.nan_unless(fine, list(more.values()))
@@ -322,9 +357,7 @@ class Moonwalk(Whole):
             if ends:
                 values[one.result] = both[-1]
         if DRIFT in wanted:
-            seen = jnp.stack(gaps), jnp.stack(sizes)
-            passes = guard.fine(*seen, limit)
-            found[DRIFT] = guard.drift(guard.reading(*seen), passes, limit)
+            found[DRIFT] = jnp.stack(drifts)
         return found
 
 

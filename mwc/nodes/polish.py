@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from passes.widen import is_narrow
 Array = Any
 
 _STEPS, _ROWS = 3, 4
+_CHECKED = 8  # weights that are checked at once
 _PLAIN = MOVES - {"pad"}
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
@@ -40,28 +41,37 @@ class Claim:
       var: the weight M among the residuals, [n, k] with `axis` 1, or transposed with 0.
       axis: that of k.
       scale: c in M^T M = c I.
+      given: whether it is an argument as it is, which costs nothing to look at.
     """
 
     var: Var
     axis: int
     scale: float
+    given: bool = False
 
     def alike(self, other: Claim) -> bool:
         """Whether both can be polished at once."""
         a, b = self.var.aval, other.var.aval
         same = (a.shape, a.dtype) == (b.shape, b.dtype)
-        return same and (self.axis, self.scale) == (other.axis, other.scale)
+        return same and self._kind == other._kind
+
+    @property
+    def _kind(self) -> tuple[int, float, bool]:
+        return self.axis, self.scale, self.given
 
 
 Group = list[tuple[int, Claim]]
 
 
-def claim(inverse: Inverse, residuals: Mapping[Var, Any]) -> Claim | None:
+def claim(
+    inverse: Inverse, residuals: Mapping[Var, Any], inputs: Collection[Var]
+) -> Claim | None:
     """The weight on whose claim a link is inverted; None where there is none to polish.
 
     Args:
       inverse: of the link.
       residuals: what the backward reads of the stage, as the forward makes it.
+      inputs: of the stage.
     """
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if inverse.rule is not Rule.TRANSPOSE or len(products) != 1:
@@ -82,18 +92,21 @@ def claim(inverse: Inverse, residuals: Mapping[Var, Any]) -> Claim | None:
     real = jnp.issubdtype(v.aval.dtype, jnp.floating)
     if v.aval.ndim != 2 or len(contract[side]) != 1 or batch[side] or not real:
         return None
-    return Claim(v, contract[side][0], inverse.scale)
+    made = residuals[v]
+    given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
+    given = given and not is_narrow(v.aval)
+    return Claim(v, contract[side][0], inverse.scale, given)
 
 
-def together(claims: Sequence[tuple[Claim, ...]], most: int) -> dict[int, list[Group]]:
-    """Claims of stages in a row that are polished at once.
+def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
+    """Claims of stages in a row that are treated at once.
 
     Args:
       claims: of each stage.
       most: bytes of the weights of one group.
 
     Returns:
-      By its first stage, each group: pairs of a stage and a claim of it.
+      Groups in the order of their first stages: pairs of a stage and a claim of it.
     """
     groups: list[Group] = []
     for pair in ((i, one) for i, found in enumerate(claims) for one in found):
@@ -103,41 +116,90 @@ def together(claims: Sequence[tuple[Claim, ...]], most: int) -> dict[int, list[G
             last.append(pair)
         else:
             groups.append([pair])
-    found: dict[int, list[Group]] = {}
+    return groups
+
+
+def batches(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in a row whose weights are checked at once.
+
+    Those of one weight, if it is an argument: a check of each is a few kernels more.
+    """
+    found: list[list[Group]] = []
     for group in groups:
-        found.setdefault(group[0][0], []).append(group)
+        one, last = group[0][1], found[-1] if found else []
+        joins = last and len(last) < _CHECKED and len(group) == len(last[0]) == 1
+        if joins and one.given and one.alike(last[0][0][1]):
+            last.append(group)
+        else:
+            found.append([group])
     return found
 
 
-def polished(weights: Sequence[Array], of: Claim) -> list[Array]:
-    """C times right inverses of weights alike, of their shape and dtype."""
-    return _polished(list(weights), of.axis + 1, of.scale)
+def wanted_steps(stacks: Sequence[Array], of: Claim) -> Array:
+    """How many Newton steps weights alike want, as a scalar: none if all are exact.
+
+    Args:
+      stacks: the weights of each group, [weights, ...], all of one shape.
+      of: the claim of each.
+    """
+    return _wanted_steps(list(stacks), of.axis + 1, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _polished(weights: list[Array], axis: int, scale: float) -> list[Array]:
+def _wanted_steps(stacks: list[Array], axis: int, scale: float) -> Array:
+    shape = len(stacks[0]), _ROWS, stacks[0].shape[axis]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
+    wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
+    rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
+    worst = jnp.zeros(shape, wide)
+    for stack in stacks:
+        m = stack.astype(wide)
+        image = _dot(_dot(rows, 2, m, axis), 2, m, 3 - axis)
+        worst = jnp.maximum(worst, jnp.abs(image - scale * rows))
+    # The eps of the wide type: a rounded weight is not exact. NaN and what is far off
+    # are not mended: the guard trips.
+    limit = _EXACT * float(jnp.finfo(wide).eps) * scale
+    off = jnp.sum(worst**2) > limit**2 * shape[1] * shape[2]
+    return jnp.where(off, _STEPS, 0).astype(jnp.int32)
+
+
+def polished(
+    stack: Array, of: Claim, steps: Array, start: Array | None = None
+) -> list[Array]:
+    """C times right inverses of weights alike, of their shape and dtype.
+
+    Args:
+      stack: as many weights as are alive at once.
+      of: the claim of each.
+      steps: Newton steps, of `wanted_steps`.
+      start: the stack again, where it is written to only once something else is there.
+    """
+    start = stack if start is None else start
+    return _polished(stack, start, of.axis + 1, of.scale, steps)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _polished(
+    stack: Array, start: Array, axis: int, scale: float, steps: Array
+) -> list[Array]:
     # There is a loop of these in the code of every sweep, so few operations, and
     # several weights at once: they are compiled as often. Traced once.
-    stacked = jnp.stack(weights)
-    m = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
-    # The eps of the weight itself: a rounded weight is not exact.
-    limit = _EXACT * float(jnp.finfo(m.dtype).eps)
-    shape = len(weights), _ROWS, m.shape[axis]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
-    rows = jnp.broadcast_to(jnp.asarray(signs, m.dtype), shape)
-    product = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+    wide = jnp.promote_types(stack.dtype, jnp.float32)
+    m = stack.astype(wide)
 
-    def dot(a: Array, i: int, b: Array, j: int) -> Array:
-        return product(a, b, (((i,), (j,)), ((0,), (0,))))
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, r = state
+        gram = _dot(m, 3 - axis, r, 3 - axis)  # c M^T R, whatever the layout
+        gram = gram if scale == 1 else gram / scale
+        image = _dot(r, 2, gram, 1) if axis == 2 else _dot(gram, 1, r, 1)
+        return left - 1, r + r - image
 
-    def step(_: Array, r: Array) -> Array:
-        gram = dot(m, 3 - axis, r, 3 - axis)  # M^T R, whatever the layout
-        return 2 * r - (dot(r, 2, gram, 1) if axis == 2 else dot(gram, 1, r, 1))
+    _, r = lax.while_loop(lambda state: state[0] > 0, step, (steps, start.astype(wide)))
+    made = r.astype(stack.dtype)
+    return [made[i] for i in range(len(stack))]
 
-    r = m if scale == 1 else m / scale
-    gap = dot(dot(rows, 2, m, axis), 2, r, 3 - axis) - rows
-    # Of all, by one sum. NaN and what is far off are not mended: the guard trips.
-    off = jnp.sum(gap**2) > limit**2 * _ROWS * shape[2]
-    r = lax.fori_loop(0, jnp.where(off, _STEPS, 0), step, r)
-    made = (r if scale == 1 else r * scale).astype(stacked.dtype)
-    return [made[i] for i in range(len(weights))]
+
+def _dot(a: Array, i: int, b: Array, j: int) -> Array:
+    """Products of stacks of matrices over axes i and j."""
+    dims = ((i,), (j,)), ((0,), (0,))
+    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)

@@ -106,7 +106,8 @@ class Rebuilt:
         """Weights that are polished before `push` reads them."""
         linear = self.stage.linear
         read = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
-        found = (claim(inverse, read) for inverse in self.found.inverses)
+        inputs = {*linear.fwd.invars}
+        found = (claim(inverse, read, inputs) for inverse in self.found.inverses)
         return tuple(one for one in found if one is not None)
 
     def weight(self, of: Claim, values: Values, bits: Sequence[Array]) -> Array:
