@@ -224,7 +224,7 @@ def compare(
     # computed again, whole, for every gradient that reads it.
     inverse = jnp.where(before, unit.inverse, jnp.nan).astype(expected.dtype)
     off, size = (expected - found) * inverse, expected * (limit * inverse)
-    return jnp.sum(off * off - size * size) < unit.slack
+    return jnp.sum(off * off - size * size - unit.slack.astype(off.dtype)) < 0
 
 
 @jax.jit

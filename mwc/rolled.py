@@ -23,7 +23,7 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
-from mwc.nodes.polish import Claim, polished, wanted_steps
+from mwc.nodes.polish import Claim, gap_of, polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
@@ -113,7 +113,7 @@ class _Rebuilding(Sweeps):
         made: Values = {}
         for of in claims:
             stack = self._one.weight(of, values, bits)[None]
-            (made[of.var],) = polished(stack, of, wanted_steps([stack], of))
+            (made[of.var],) = polished(stack, of, gap_of([stack], of))
         return made
 
     def _back(

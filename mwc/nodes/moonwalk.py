@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import after, barrier, relay, tie
-from mwc.nodes.polish import Group, batches, polished, together, wanted_steps
+from mwc.nodes.polish import Group, batches, gap_of, polished, together
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.stages import DRIFT, Straight, Values, Whole
@@ -228,18 +228,18 @@ class Moonwalk(Whole):
             saved[at] = waited
         return saved[at] if place is None else [x[place] for x in saved[at]]
 
-    def _checked(self, batch: Sequence[Group], values: Values) -> Array | None:
-        """Newton steps that weights want which are arguments, one in each group."""
+    def _gap(self, batch: Sequence[Group], values: Values) -> Array | None:
+        """How far weights are off that are arguments, one in each group."""
         of = batch[0][0][1]
         if len(batch[0]) > 1 or not of.given:
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return wanted_steps([values[v][None] for v in given], of)
+        return gap_of([values[v][None] for v in given], of)
 
     def _polish(
         self,
         group: Group,
-        steps: Array | None,
+        gap: Array | None,
         h: Array,
         values: Values,
         saved: Sequence[Array],
@@ -250,7 +250,7 @@ class Moonwalk(Whole):
 
         Args:
           group: its weights.
-          steps: Newton steps that they want, if that is known.
+          gap: how far they are off, if that is known.
           h: the newest cotangent.
           values: the inputs of all stages.
           saved: what the first pass kept.
@@ -264,10 +264,10 @@ class Moonwalk(Whole):
         ]
         start, of = jnp.stack(tie(weights, h)), group[0][1]
         # An argument is there anyway: only what is made of it waits.
-        stack = start if steps is None else jnp.stack(weights)
-        steps = wanted_steps([stack], of) if steps is None else steps
+        stack = start if gap is None else jnp.stack(weights)
+        gap = gap_of([stack], of) if gap is None else gap
         made: dict[int, Values] = {}
-        inverses = polished(stack, of, steps, start)
+        inverses = polished(stack, of, gap, start)
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made
@@ -313,9 +313,9 @@ class Moonwalk(Whole):
         most = int(_POLISHED * nbytes(stages[0].state))
         turns: dict[int, list[tuple[Group, Array | None]]] = {}
         for batch in batches(together([one.claims for one in stages], most)):
-            steps = self._checked(batch, values)
+            gap = self._gap(batch, values)
             for group in batch:
-                turns.setdefault(group[0][0], []).append((group, steps))
+                turns.setdefault(group[0][0], []).append((group, gap))
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
@@ -327,8 +327,8 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values)
             bits = self._bits(i, held, saved)
-            for group, steps in turns.get(i, []):
-                for j, made in self._polish(group, steps, h, values, saved).items():
+            for group, gap in turns.get(i, []):
+                for j, made in self._polish(group, gap, h, values, saved).items():
                     weights[j] = weights.get(j, {}) | made
             known = one.push(given, bits, h, ties[i], weights.pop(i, {}))
             # Or XLA makes one product of this one and the state's, and copies of both.

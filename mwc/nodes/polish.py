@@ -135,57 +135,56 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
     return found
 
 
-def wanted_steps(stacks: Sequence[Array], of: Claim) -> Array:
-    """How many Newton steps weights alike want, as a scalar: none if all are exact.
+def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
+    """How far weights alike are from their claim, as a scalar for `polished`.
 
     Args:
       stacks: the weights of each group, [weights, ...], all of one shape.
       of: the claim of each.
     """
-    return _wanted_steps(list(stacks), of.axis + 1, of.scale)
+    return _gap(list(stacks), of.axis + 1, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _wanted_steps(stacks: list[Array], axis: int, scale: float) -> Array:
+def _gap(stacks: list[Array], axis: int, scale: float) -> Array:
     shape = len(stacks[0]), _ROWS, stacks[0].shape[axis]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
     wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
     rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
-    worst = jnp.zeros(shape, wide)
+    gaps = []
     for stack in stacks:
         m = stack.astype(wide)
         image = _dot(_dot(rows, 2, m, axis), 2, m, 3 - axis)
-        worst = jnp.maximum(worst, jnp.abs(image - scale * rows))
-    # The eps of the wide type: a rounded weight is not exact. NaN and what is far off
-    # are not mended: the guard trips.
-    limit = _EXACT * float(jnp.finfo(wide).eps) * scale
-    off = jnp.sum(worst**2) > limit**2 * shape[1] * shape[2]
-    return jnp.where(off, _STEPS, 0).astype(jnp.int32)
+        gaps.append(jnp.abs(image - scale * rows))
+    return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
 
 
 def polished(
-    stack: Array, of: Claim, steps: Array, start: Array | None = None
+    stack: Array, of: Claim, gap: Array, start: Array | None = None
 ) -> list[Array]:
     """C times right inverses of weights alike, of their shape and dtype.
 
     Args:
       stack: as many weights as are alive at once.
       of: the claim of each.
-      steps: Newton steps, of `wanted_steps`.
+      gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
+        not mended: the guard trips.
       start: the stack again, where it is written to only once something else is there.
     """
     start = stack if start is None else start
-    return _polished(stack, start, of.axis + 1, of.scale, steps)
+    return _polished(stack, start, gap, of.axis + 1, of.scale)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _polished(
-    stack: Array, start: Array, axis: int, scale: float, steps: Array
+    stack: Array, start: Array, gap: Array, axis: int, scale: float
 ) -> list[Array]:
     # There is a loop of these in the code of every sweep, so few operations, and
     # several weights at once: they are compiled as often. Traced once.
-    wide = jnp.promote_types(stack.dtype, jnp.float32)
-    m = stack.astype(wide)
+    m = stack.astype(gap.dtype)
+    # The eps of the wide type: a rounded weight is not exact.
+    limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
+    limit *= _ROWS * stack.shape[axis]
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, r = state
@@ -194,7 +193,8 @@ def _polished(
         image = _dot(r, 2, gram, 1) if axis == 2 else _dot(gram, 1, r, 1)
         return left - 1, r + r - image
 
-    _, r = lax.while_loop(lambda state: state[0] > 0, step, (steps, start.astype(wide)))
+    state = jnp.int32(_STEPS), start.astype(gap.dtype)
+    _, r = lax.while_loop(lambda state: (state[0] > 0) & (gap > limit), step, state)
     made = r.astype(stack.dtype)
     return [made[i] for i in range(len(stack))]
 
