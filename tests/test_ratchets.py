@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from mwc import moonwalk_compile
+from mwc._tie import CPU_DROPS_BARRIERS
 from mwc.memory import measure, plugin
 from mwc.memory.emitted import emitted
 from passes.flops import flops
@@ -88,13 +89,13 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("transformer-12", 2): 480.0,
         ("resnet-18", 1): 404.7,
         ("resnet-18", 2): 404.7,
-        ("abs-64", 2): 32.9,
+        ("abs-64", 2): 33.9,
         ("abs-256", 2): 49.2,
-        ("abs-64-bfloat16", 2): 24.4,
+        ("abs-64-bfloat16", 2): 28.5,
         ("leaky9-64", 2): 40.2,
         ("maxmin-64-orthogonal", 2): 40.4,
         ("funnel-48", 2): 60.1,
-        ("abs-64-built", 2): 43.2,
+        ("abs-64-built", 2): 41.9,
         ("scan-abs-64", 2): 49.2,
         ("recurrent-512", 2): 188.1,
     },
@@ -166,6 +167,9 @@ def test_code_is_linear_in_depth():
 
     short, middle, long = map(lines, (8, 16, 32))
     assert (long - middle) / (middle - short) < 2.1
+    # A ratchet on compile time, most of which goes with the number of instructions:
+    # lines of a stage, of which backpropagation has 68.
+    assert (long - middle) / 16 < (530 if CPU_DROPS_BARRIERS else 335)
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]
