@@ -45,6 +45,7 @@ Array = Any
 
 _FEW, _BUCKETS, _LONG, _SUMS = 64, 16, 256, 1024
 _FEATURES = 8  # at least, of a row of several axes
+_VANISHED = 1e5  # smallest numbers: more than all squares of a sketch that vanish
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def unit_of(sketches: Sequence[Array]) -> Unit:
         kind = s.shape, s.dtype
         alike[kind] = jnp.maximum(alike[kind], s) if kind in alike else s
     top = functools.reduce(jnp.maximum, map(jnp.max, alike.values()))
-    slack = jnp.where(top == 0, jnp.finfo(top.dtype).tiny, 0)
+    slack = jnp.where(top == 0, 2 * _VANISHED * jnp.finfo(top.dtype).tiny, 0)
     return Unit(1 / jnp.where(top == 0, 1, top), slack)
 
 
@@ -210,7 +211,7 @@ def compare(
     """Whether |s - s'| < limit |s|, or both are zero.
 
     What is not finite does not pass, nor do squares that vanish: those of an s that is
-    1e13 times smaller than the largest in its unit.
+    1e12 times smaller than the largest in its unit.
 
     Args:
       expected: s, of the cotangent that was.
@@ -224,7 +225,8 @@ def compare(
     # computed again, whole, for every gradient that reads it.
     inverse = jnp.where(before, unit.inverse, jnp.nan).astype(expected.dtype)
     off, size = (expected - found) * inverse, expected * (limit * inverse)
-    return jnp.sum(off * off - size * size - unit.slack.astype(off.dtype)) < 0
+    over = jnp.sum(off * off - size * size - unit.slack.astype(off.dtype))
+    return over < -_VANISHED * jnp.finfo(off.dtype).tiny
 
 
 @jax.jit

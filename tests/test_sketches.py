@@ -79,6 +79,15 @@ def test_sketches(shape, kept):
     assert not passes(take(h), take(h), 1e-5, before=jnp.asarray(False))
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (3, 2000), (1025, 64), (1300, 3)])
+def test_every_entry_is_in_a_sketch(shape):
+    """A change of any one entry reads, whatever the shape."""
+    h = jnp.asarray(np.random.default_rng(8).standard_normal(shape), jnp.float32)
+    sums, pull = jax.vjp(guard.sketcher(h, [h], 1), h)
+    (slopes,) = pull(sums)
+    assert np.all(slopes != 0)
+
+
 @pytest.mark.parametrize("count", [64, 256, 1023, 4096])
 def test_rows_alike_do_not_cancel(count):
     """Of a mean over samples, say: noise must not read as much more than it is."""
@@ -102,14 +111,15 @@ def test_a_reading_does_not_depend_on_scale(scale):
     assert not passes(*scaled, 0.99 * seen)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-13, 1e-25, 0.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e-11, 1e-13, 1e-25, 0.0])
 def test_what_vanishes_beside_others_does_not_pass(scale):
     """Sketches are measured in the largest of a few; squares of tiny ones vanish."""
     s = jnp.asarray(np.float32(np.random.default_rng(8).standard_normal((1, 64))))
     tiny = np.float32(scale) * s
     unit = guard.unit_of([s, tiny])
-    assert not guard.compare(tiny, 1.1 * tiny, 1e-5, unit)
-    assert guard.compare(tiny, tiny, 1e-5, unit) == (scale >= 1e-13)
+    for factor in (1 + 2e-5, 1.1):
+        assert not guard.compare(tiny, np.float32(factor) * tiny, 1e-5, unit)
+    assert guard.compare(tiny, tiny, 1e-5, unit) == (scale >= 1e-11)
     assert not guard.compare(s, s, 1e-5, guard.unit_of([s, np.nan * s]))
     assert not guard.compare(s, s, 1e-5, guard.unit_of([s, np.inf * s]))
 
