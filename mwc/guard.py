@@ -48,6 +48,11 @@ _FEATURES = 8  # at least, of a row of several axes
 _VANISHED = 1e5  # smallest numbers: more than all squares of a sketch that vanish
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["signs", "weights"],
+    meta_fields=["rows"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sketcher:
     """Takes sketches of cotangents of one run.

@@ -18,10 +18,13 @@ def a_claim(*shape, axis=1, scale=1.0, given=True):
 
 def mended(weights, of):
     """Checked all at once and one by one."""
-    stack = jnp.stack(weights)
-    found = polished(stack, of, gap_of([stack], of))
-    again = polished(stack, of, gap_of([w[None] for w in weights], of))
+    gap = gap_of([jnp.stack(weights)], of)
+    found = polished(weights, of, gap)
+    again = polished(weights, of, gap_of([w[None] for w in weights], of))
     np.testing.assert_array_equal(found, again)
+    for weight, one in zip(weights, found, strict=True):
+        (alone,) = polished([weight], of, gap)
+        np.testing.assert_allclose(alone, one, rtol=1e-6, atol=1e-6)
     return found
 
 

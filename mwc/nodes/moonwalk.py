@@ -32,6 +32,7 @@ from mwc._tie import after, barrier, relay, tie
 from mwc.nodes.polish import Group, batches, gap_of, polished, together
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
+from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, astype, is_var, nbytes
 
@@ -119,16 +120,17 @@ class Moonwalk(Whole):
         if self.lead is not None:
             self.lead.run(values, effects)
         mate: list[Array] = []
+        steps = Steps()
         for i, one in enumerate(self.stages):
             state = values[one.state]
             held = tie([values[v] for v in one.sources], state)
             given = {**self._given(i, held, values), one.state: state}
-            bits = one.stage.first(given, False, effects)
+            result, bits = steps(first, one)(inputs_of(one, given))
             place = self.shares[i].place
             if place == 1:
                 bits = [jnp.stack(pair) for pair in zip(mate, bits, strict=True)]
             # Packs now, not when the backward asks for it.
-            values[one.result], *bits = barrier([given[one.result], *bits])
+            values[one.result], *bits = barrier([result, *bits])
             mate = bits
             kept += [] if place == 0 else bits
         return kept
@@ -262,12 +264,12 @@ class Moonwalk(Whole):
             self.stages[i].weight(of, values, self._bits(i, [], [*saved]))
             for i, of in group
         ]
-        start, of = jnp.stack(tie(weights, h)), group[0][1]
-        # An argument is there anyway: only what is made of it waits.
-        stack = start if gap is None else jnp.stack(weights)
-        gap = gap_of([stack], of) if gap is None else gap
+        start, of = tie(weights, h), group[0][1]
+        if gap is None:
+            # Only an argument is there anyway: what is made of it waits.
+            weights, gap = start, gap_of([jnp.stack(start)], of)
         made: dict[int, Values] = {}
-        inverses = polished(stack, of, gap, start)
+        inverses = polished(weights, of, gap, start)
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made
@@ -285,12 +287,13 @@ class Moonwalk(Whole):
         ties: list[list[Array]] = []
         saved = list(saved)
         count = len(self.stages)
+        steps = Steps()
         held = tie(self._waiting(count - 1, values, saved, 1), h)
         for i in reversed(range(count)):
-            given = self._given(i, held, values)
-            bits = self._bits(i, held, saved)
-            mark = [take(h)] if take is not None and i <= last else []
-            below, kept = self.stages[i].pull(given, bits, h, ties=bool(mark))
+            one = self.stages[i]
+            given = inputs_of(one, self._given(i, held, values))
+            at = Inputs(given, self._bits(i, held, saved), h)
+            below, mark, kept = steps(back, one)(at, take if i <= last else None)
             waiting = self._waiting(i - 1, values, saved, 1) if i else []
             (h, *both), held = relay([below, *mark, *kept], waiting)
             marks += both[: len(mark)]
@@ -320,40 +323,39 @@ class Moonwalk(Whole):
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
         drifts: list[Array] = []
+        saved, steps = list(saved), Steps()
         fine = jnp.asarray(True)
-        unit = guard.unit_of(marks[:_MEASURED])
-        saved = list(saved)
         held = tie(self._waiting(0, values, saved, 0), h)
         for i, one in enumerate(stages):
-            given = self._given(i, held, values)
+            given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
             for group, gap in turns.get(i, []):
                 for j, made in self._polish(group, gap, h, values, saved).items():
                     weights[j] = weights.get(j, {}) | made
-            known = one.push(given, bits, h, ties[i], weights.pop(i, {}))
-            # Or XLA makes one product of this one and the state's, and copies of both.
-            h, given[one.state] = barrier([known[one.last], values[one.state]])
-            known[one.last] = h
-            if i and i % _MEASURED == 0:
+            if i % _MEASURED == 0:
                 unit = guard.unit_of(marks[i : i + _MEASURED])
-            seen = take(h)
-            fine = guard.compare(marks[i], seen, limit, unit, fine)
+            polished = weights.pop(i, {})
+            at = Inputs(
+                *(inputs_of(one, given), bits, h, ties[i]),
+                [polished.get(of.var) for of in one.claims],
+            )
+            asked = tuple(v in wanted for v in one.stage.graph.invars)
+            more = i + 1 < len(stages)
+            check = Check(take, marks[i], limit, unit, fine)
+            h, fine, seen, safe, end = steps(forth, one, asked, more)(at, check)
             if DRIFT in wanted:
                 reading = guard.reading(marks[i], seen)
                 drifts.append(guard.drift(reading, fine, limit))
-            more = one.gradients(given, bits, known, wanted)
-            # Now, not at the end: selected then, each would be kept beside its result.
-            safe = guard.nan_unless(fine, list(more.values()))
-            grads = _added(found, dict(zip(more, safe, strict=True)))
+            pairs = zip(one.stage.graph.invars, safe, strict=True)
+            grads = _added(found, {v: ct for v, ct in pairs if ct is not None})
             ends, waiting = [], []
-            if i + 1 < len(stages):
+            if more:
                 token = next(iter(grads.values()), h)
-                ends = after([one.advance(given, bits)], token)
+                ends = after([end], token)
                 waiting = self._waiting(i + 1, values, saved, 0)
             # The gradients leave together with the next state, or XLA puts them off.
             (h, *both), held = relay([h, *grads.values(), *ends], waiting)
             found.update(zip(grads, both, strict=False))
-            values.pop(one.state)
             if ends:
                 values[one.result] = both[-1]
         if DRIFT in wanted:

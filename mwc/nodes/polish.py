@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mwc._once import compiled_once
 from passes.flops import eqn_flops
 from passes.graph import Var, is_var, nbytes
 from passes.inverses import MOVES, Inverse, Rule, Verdict
@@ -142,64 +142,72 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
       stacks: the weights of each group, [weights, ...], all of one shape.
       of: the claim of each.
     """
-    return _gap(list(stacks), of.axis + 1, of.scale)
+    return _gap(of.axis, of.scale)(list(stacks))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _gap(stacks: list[Array], axis: int, scale: float) -> Array:
-    shape = len(stacks[0]), _ROWS, stacks[0].shape[axis]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
-    wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
-    rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
-    gaps = []
-    for stack in stacks:
-        m = stack.astype(wide)
-        image = _dot(_dot(rows, 2, m, axis), 2, m, 3 - axis)
-        gaps.append(jnp.abs(image - scale * rows))
-    return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
+@functools.cache
+def _gap(axis: int, scale: float) -> Callable[[list[Array]], Array]:
+    def gap(stacks: list[Array]) -> Array:
+        shape = len(stacks[0]), _ROWS, stacks[0].shape[axis + 1]
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
+        wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
+        rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
+        gaps = []
+        for stack in stacks:
+            m = stack.astype(wide)
+            image = _dot(_dot(rows, 1, m, axis), 1, m, 1 - axis)
+            gaps.append(jnp.abs(image - scale * rows))
+        return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
+
+    return compiled_once(gap)
 
 
 def polished(
-    stack: Array, of: Claim, gap: Array, start: Array | None = None
+    weights: Sequence[Array], of: Claim, gap: Array, start: Sequence[Array] = ()
 ) -> list[Array]:
     """C times right inverses of weights alike, of their shape and dtype.
 
     Args:
-      stack: as many weights as are alive at once.
+      weights: as many as are alive at once.
       of: the claim of each.
       gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
         not mended: the guard trips.
-      start: the stack again, where it is written to only once something else is there.
+      start: the weights again, where they are written to only once something else is
+        there.
     """
-    start = stack if start is None else start
-    return _polished(stack, start, gap, of.axis + 1, of.scale)
+    weights = list(weights)
+    return _polished(of.axis, of.scale)(weights, list(start) or weights, gap)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _polished(
-    stack: Array, start: Array, gap: Array, axis: int, scale: float
-) -> list[Array]:
+@functools.cache
+def _polished(axis: int, scale: float) -> Callable[..., list[Array]]:
     # There is a loop of these in the code of every sweep, so few operations, and
-    # several weights at once: they are compiled as often. Traced once.
-    m = stack.astype(gap.dtype)
-    # The eps of the wide type: a rounded weight is not exact.
-    limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
-    limit *= _ROWS * stack.shape[axis]
+    # several weights as one stack: they are compiled as often.
+    def polished(weights: list[Array], start: list[Array], gap: Array) -> list[Array]:
+        one = len(weights) == 1
+        m, r = (x[0] if one else jnp.stack(x) for x in (weights, start))
+        m, dtype = m.astype(gap.dtype), m.dtype
+        # The eps of the wide type: a rounded weight is not exact.
+        limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
+        limit *= _ROWS * weights[0].shape[axis]
 
-    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        left, r = state
-        gram = _dot(m, 3 - axis, r, 3 - axis)  # c M^T R, whatever the layout
-        gram = gram if scale == 1 else gram / scale
-        image = _dot(r, 2, gram, 1) if axis == 2 else _dot(gram, 1, r, 1)
-        return left - 1, r + r - image
+        def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            left, r = state
+            gram = _dot(m, 1 - axis, r, 1 - axis)  # c M^T R, whatever the layout
+            gram = gram if scale == 1 else gram / scale
+            image = _dot(r, 1, gram, 0) if axis else _dot(gram, 0, r, 0)
+            return left - 1, r + r - image
 
-    state = jnp.int32(_STEPS), start.astype(gap.dtype)
-    _, r = lax.while_loop(lambda state: (state[0] > 0) & (gap > limit), step, state)
-    made = r.astype(stack.dtype)
-    return [made[i] for i in range(len(stack))]
+        state = jnp.int32(_STEPS), r.astype(gap.dtype)
+        _, r = lax.while_loop(lambda state: (state[0] > 0) & (gap > limit), step, state)
+        made = r.astype(dtype)
+        return [made] if one else [made[i] for i in range(len(weights))]
+
+    return compiled_once(polished)
 
 
 def _dot(a: Array, i: int, b: Array, j: int) -> Array:
-    """Products of stacks of matrices over axes i and j."""
-    dims = ((i,), (j,)), ((0,), (0,))
+    """The product over axes i and j of matrices, or of stacks of them."""
+    batch = tuple(range(a.ndim - 2))
+    dims = ((i + len(batch),), (j + len(batch),)), (batch, batch)
     return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)

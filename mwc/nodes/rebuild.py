@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,6 +141,11 @@ class Rebuilt:
         path = [self.last, *(v for e in eqns for v in (*e.invars, *e.outvars))]
         found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
         return max(found + [_rounding(e) for e in eqns])
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for stages alike: those with the same derivative and inverses."""
+        return id(self.stage.linear), id(self.found), self.stage.bit_vars
 
     @property
     def last(self) -> Var:
