@@ -205,6 +205,21 @@ def unit_of(sketches: Sequence[Array]) -> Unit:
     return Unit(1 / jnp.where(top == 0, 1, top), slack)
 
 
+def unbroken(sketch: Array) -> Array:
+    """`before` of the first comparison: not a constant, or that is a kernel more.
+
+    Args:
+      sketch: that of any cotangent of the run.
+    """
+    (below,) = barrier([jnp.full((), -1, sketch.dtype)])
+    return _passes(below)
+
+
+def _passes(over: Array) -> Array:
+    """Whether a sum is negative, and not of squares that vanish."""
+    return over < -_VANISHED * jnp.finfo(over.dtype).tiny
+
+
 @jax.jit
 def compare(
     expected: Array,
@@ -231,7 +246,7 @@ def compare(
     inverse = jnp.where(before, unit.inverse, jnp.nan).astype(expected.dtype)
     off, size = (expected - found) * inverse, expected * (limit * inverse)
     over = jnp.sum(off * off - size * size - unit.slack.astype(off.dtype))
-    return over < -_VANISHED * jnp.finfo(off.dtype).tiny
+    return _passes(over)
 
 
 @jax.jit

@@ -4,6 +4,7 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mwc import moonwalk_compile
@@ -163,13 +164,16 @@ def test_code_is_linear_in_depth():
         program = programs.dense(jnp.abs, depth, 32, 64, layer=programs.rotate)
         loss = moonwalk_compile(program.loss, strategies=("moonwalk", "stored"))
         lowered = jax.jit(jax.grad(loss)).lower(program.params, program.batch)
-        return lowered.compile().as_text().count("\n")
+        texts = lowered.as_text(), lowered.compile().as_text()
+        return np.array([text.count("\n") for text in texts])
 
     short, middle, long = map(lines, (8, 16, 32))
-    assert (long - middle) / (middle - short) < 2.1
-    # A ratchet on compile time, most of which goes with the number of instructions:
-    # lines of a stage, of which backpropagation has 68.
-    assert (long - middle) / 16 < (530 if CPU_DROPS_BARRIERS else 335)
+    assert np.all((long - middle) / (middle - short) < 2.1)
+    # Ratchets on the time that it takes to trace and lower, and to compile: lines of a
+    # stage, of which backpropagation has 22 and 68.
+    lowered, compiled = (long - middle) / 16
+    assert lowered < (18 if CPU_DROPS_BARRIERS else 11)
+    assert compiled < (530 if CPU_DROPS_BARRIERS else 400)
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]

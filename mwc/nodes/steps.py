@@ -4,7 +4,7 @@ A deep network repeats its layers. What is done at a stage is a function of arra
 alone, and stages with the same derivative have the same: to the tracer, and to some
 compilers (`mwc._once`), a layer more is a call more.
 
-Limits: metadata of what is compiled names the first of stages alike in the place of all.
+Limits: metadata of what is compiled names the first of stages alike for all of them.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def forth(
     h, values[one.state] = barrier([known[one.last], values[one.state]])
     known[one.last] = h
     found = check.take(h)
-    passes = guard.compare(
-        check.expected, found, check.limit, check.unit, check.before
-    )
+    passes = guard.compare(check.expected, found, check.limit, check.unit, check.before)
     wanted = [v for v, a in zip(one.stage.graph.invars, asked, strict=True) if a]
     grads = one.gradients(values, at.bits, known, wanted)
     # Now, not at the end: selected then, each would be kept beside its result.
