@@ -43,6 +43,8 @@ class Stage(Protocol):
         under their own names, so that an array is kept once.
       guards: readings that `pull` gives for `DRIFT`, where it is wanted.
       entry: the inputs from which all that is run again follows.
+      holds: whether it holds back by itself what comes out of `first`, and what `pull`
+        reads besides `entry`.
     """
 
     @property
@@ -72,6 +74,11 @@ class Stage(Protocol):
 
     @property
     def entry(self) -> tuple[Var, ...]:
+        """See the class."""
+        ...
+
+    @property
+    def holds(self) -> bool:
         """See the class."""
         ...
 
@@ -126,6 +133,11 @@ class Whole:
         """See `Stage`."""
         return self.graph.invars
 
+    @property
+    def holds(self) -> bool:
+        """See `Stage`."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Straight:
@@ -169,6 +181,11 @@ class Straight:
     def entry(self) -> tuple[Var, ...]:
         """See `Stage`."""
         return self.graph.invars
+
+    @property
+    def holds(self) -> bool:
+        """See `Stage`."""
+        return False
 
     def run(self, values: Values, effects: bool = False) -> None:
         """Binds the results in `values`; one that is there is not run for."""

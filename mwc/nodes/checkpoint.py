@@ -97,7 +97,7 @@ class Checkpoint:
                     residuals = stage.first(values, store=i in stored, effects=True)
                 else:
                     stage.run(values, effects=True)
-            if residuals and i not in stored:
+            if residuals and i not in stored and not stage.holds:
                 self._pin(stage, values, residuals)
             saved += residuals
         return [*(values[v] for v in names), *saved]
@@ -229,10 +229,16 @@ class _Sweep:
     def _pick(self, source: Values, k: int) -> Values:
         return {v: source[v] for v in self._node.crossing[k]}
 
-    def _tied(self, state: Values, start: int, stop: int) -> Values:
-        """Inputs for running stages again: not available before the cotangent is."""
+    def _tied(
+        self, state: Values, start: int, stop: int, pulled: bool = False
+    ) -> Values:
+        """Inputs for running stages again: not available before the cotangent is.
+
+        A stage that is `pulled` may hold back the rest itself.
+        """
         stages = self._node.stages[start:stop]
-        read = dict.fromkeys(v for s in stages for v in s.graph.invars)
+        reads = (s.entry if pulled and s.holds else s.graph.invars for s in stages)
+        read = dict.fromkeys(v for names in reads for v in names)
         own = {v: state[v] for v in read if v in state}
         if not own:
             entry = stages[0].entry
@@ -258,7 +264,7 @@ class _Sweep:
         return self._pick(values, stop)
 
     def _leaf(self, i: int, state: Values) -> None:
-        values = self._tied(state, i, i + 1)
+        values = self._tied(state, i, i + 1, pulled=True)
         self._pull(i, values, self._residuals[i], stored=False)
 
     def _store(self, at: Store, state: Values, first: bool) -> None:
@@ -294,11 +300,13 @@ class _Sweep:
             self.drift[i] = found.pop(DRIFT)
         for v, ct in found.items():
             found[v] = self._cts[v] + ct if v in self._cts else ct
-        held = barrier(list(found.values()))
-        for v, ct in zip(found, held, strict=True):
-            self._cts[v] = ct
-            if v in self._node.crossing[i]:
-                self._note(ct)
+        passed = [v for v in found if v in self._node.crossing[i]]
+        if passed:
+            held = barrier(list(found.values()))
+            found = dict(zip(found, held, strict=True))
+        self._cts.update(found)
+        for v in passed:
+            self._note(found[v])
 
 
 def _stop(at: Schedule) -> int:

@@ -84,8 +84,13 @@ class Moonwalk(Whole):
 
     @property
     def entry(self) -> tuple[Var, ...]:
-        """What its first stage reads; sweeps hold back the rest themselves."""
+        """What its first stage reads."""
         return self.straight[0].graph.invars
+
+    @property
+    def holds(self) -> bool:
+        """The sweeps hold back the rest themselves."""
+        return True
 
     @functools.cached_property
     def shares(self) -> tuple[Share, ...]:
@@ -182,15 +187,13 @@ class Moonwalk(Whole):
         read = dict.fromkeys(v for s in self.straight for v in s.graph.invars)
         names = [v for v in first if v in values]
         others = [v for v in read if v in values and v not in first]
-        held = tie([*(values[v] for v in names), *saved], h)
-        # A tie may cost a copy: parameters of later stages wait for their turn.
-        later = barrier([h, *(values[v] for v in others)])[1:]
-        values = dict(
-            zip([*names, *others], [*held[: len(names)], *later], strict=True)
-        )
+        held = tie([values[v] for v in names], h)
+        # A tie may cost a copy: what later stages read is tied when it is their turn.
+        later = barrier([h, *(values[v] for v in others), *saved])[1:]
+        values = dict(zip([*names, *others], [*held, *later], strict=False))
         if self.lead is not None:
             self.lead.run(values)
-        return values, held[len(names) :], h
+        return values, later[len(others) :], h
 
     def _asks(self, i: int, wanted: Collection[Var]) -> bool:
         """Whether a stage has a wanted gradient besides its state's."""
