@@ -81,6 +81,11 @@ class Loop:
         return self.graph.invars
 
     @property
+    def holds(self) -> bool:
+        """See `Stage`."""
+        return False
+
+    @property
     def guards(self) -> int:
         """One reading, the worst of all steps, if the body has a guard."""
         return min(1, self.body.guards)

@@ -112,8 +112,8 @@ class _Rebuilding(Sweeps):
     ) -> Values:
         made: Values = {}
         for of in claims:
-            weight = self._one.weight(of, values, bits)
-            (made[of.var],) = polished([weight], of, gap_of([weight[None]], of))
+            stack = self._one.weight(of, values, bits)[None]
+            (made[of.var],) = polished(stack, of, gap_of([stack], of))
         return made
 
     def _back(

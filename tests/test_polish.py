@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mwc.nodes.polish import Claim, batches, gap_of, polished, together
+from mwc.nodes.polish import Claim, batches, gap_of, polished, redone, together
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -18,12 +18,14 @@ def a_claim(*shape, axis=1, scale=1.0, given=True):
 
 def mended(weights, of):
     """Checked all at once and one by one."""
-    gap = gap_of([jnp.stack(weights)], of)
-    found = polished(weights, of, gap)
-    again = polished(weights, of, gap_of([w[None] for w in weights], of))
+    stack = jnp.stack(weights)
+    found = polished(stack, of, gap_of([stack], of))
+    again = polished(stack, of, gap_of([w[None] for w in weights], of))
     np.testing.assert_array_equal(found, again)
+    # What is redone reads the very same weights, one by one.
+    gap = gap_of([stack], of)
     for weight, one in zip(weights, found, strict=True):
-        (alone,) = polished([weight], of, gap)
+        alone = redone(weight, weight, of, gap, lambda w: w)
         np.testing.assert_allclose(alone, one, rtol=1e-6, atol=1e-6)
     return found
 

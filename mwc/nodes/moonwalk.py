@@ -244,7 +244,6 @@ class Moonwalk(Whole):
     def _polish(
         self,
         group: Group,
-        gap: Array | None,
         h: Array,
         values: Values,
         saved: Sequence[Array],
@@ -255,7 +254,6 @@ class Moonwalk(Whole):
 
         Args:
           group: its weights.
-          gap: how far they are off, if that is known.
           h: the newest cotangent.
           values: the inputs of all stages.
           saved: what the first pass kept.
@@ -267,12 +265,9 @@ class Moonwalk(Whole):
             self.stages[i].weight(of, values, self._bits(i, [], [*saved]))
             for i, of in group
         ]
-        start, of = tie(weights, h), group[0][1]
-        if gap is None:
-            # Only an argument is there anyway: what is made of it waits.
-            weights, gap = start, gap_of([jnp.stack(start)], of)
+        stack, of = jnp.stack(tie(weights, h)), group[0][1]
         made: dict[int, Values] = {}
-        inverses = polished(weights, of, gap, start)
+        inverses = polished(stack, of, gap_of([stack], of))
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made
@@ -334,8 +329,12 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
+            gaps: Values = {}
             for group, gap in turns.get(i, []):
-                for j, made in self._polish(group, gap, h, values, saved).items():
+                if len(group) == 1:
+                    gaps |= {} if gap is None else {group[0][1].var: gap}
+                    continue
+                for j, made in self._polish(group, h, values, saved).items():
                     weights[j] = weights.get(j, {}) | made
             if i % count == 0:
                 unit = guard.unit_of(marks[i : i + count])
@@ -343,6 +342,7 @@ class Moonwalk(Whole):
             at = Inputs(
                 *(inputs_of(one, given), bits, h, ties[i]),
                 [polished.get(of.var) for of in one.claims],
+                [gaps.get(of.var) for of in one.claims],
             )
             asked = tuple(v in wanted for v in one.stage.graph.invars)
             more = i + 1 < len(stages)

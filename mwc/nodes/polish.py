@@ -162,48 +162,76 @@ def _gap(axis: int, scale: float) -> Callable[[list[Array]], Array]:
     return compiled_once(gap)
 
 
-def polished(
-    weights: Sequence[Array], of: Claim, gap: Array, start: Sequence[Array] = ()
-) -> list[Array]:
+def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
     """C times right inverses of weights alike, of their shape and dtype.
 
     Args:
-      weights: as many as are alive at once.
+      stack: as many weights as are alive at once.
       of: the claim of each.
       gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
         not mended: the guard trips.
-      start: the weights again, where they are written to only once something else is
-        there.
     """
-    weights = list(weights)
-    return _polished(of.axis, of.scale)(weights, list(start) or weights, gap)
+    return _polished(of.axis, of.scale)(stack, gap)
 
 
 @functools.cache
 def _polished(axis: int, scale: float) -> Callable[..., list[Array]]:
     # There is a loop of these in the code of every sweep, so few operations, and
-    # several weights as one stack: they are compiled as often.
-    def polished(weights: list[Array], start: list[Array], gap: Array) -> list[Array]:
-        one = len(weights) == 1
-        m, r = (x[0] if one else jnp.stack(x) for x in (weights, start))
-        m, dtype = m.astype(gap.dtype), m.dtype
-        # The eps of the wide type: a rounded weight is not exact.
-        limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
-        limit *= _ROWS * weights[0].shape[axis]
+    # several weights at once: they are compiled as often.
+    def polished(stack: Array, gap: Array) -> list[Array]:
+        m = stack.astype(gap.dtype)
+        off = _off(gap, m.shape[axis + 1], scale)
 
         def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
             left, r = state
-            gram = _dot(m, 1 - axis, r, 1 - axis)  # c M^T R, whatever the layout
-            gram = gram if scale == 1 else gram / scale
-            image = _dot(r, 1, gram, 0) if axis else _dot(gram, 0, r, 0)
-            return left - 1, r + r - image
+            return left - 1, _step(m, r, axis, scale)
 
-        state = jnp.int32(_STEPS), r.astype(gap.dtype)
-        _, r = lax.while_loop(lambda state: (state[0] > 0) & (gap > limit), step, state)
-        made = r.astype(dtype)
-        return [made] if one else [made[i] for i in range(len(weights))]
+        state = jnp.int32(_STEPS), m
+        _, r = lax.while_loop(lambda state: (state[0] > 0) & off, step, state)
+        made = r.astype(stack.dtype)
+        return [made[i] for i in range(len(stack))]
 
     return compiled_once(polished)
+
+
+def redone(
+    h: Array, weight: Array, of: Claim, gap: Array, again: Callable[[Array], Array]
+) -> Array:
+    """What a weight alone made, made again of its right inverse if it is off.
+
+    Unlike `polished` it copies no weight where nothing is to be done.
+
+    Args:
+      h: what was made of the weight.
+      weight: as it is.
+      of: its claim.
+      gap: of `gap_of`.
+      again: makes h of another weight.
+    """
+    m = weight.astype(gap.dtype)
+
+    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        off, _ = state
+        r = m
+        for _ in range(_STEPS):
+            r = _step(m, r, of.axis, of.scale)
+        return off ^ off, again(r.astype(weight.dtype))
+
+    off = _off(gap, m.shape[of.axis], of.scale)
+    return lax.while_loop(lambda state: state[0], body, (off, h))[1]
+
+
+def _off(gap: Array, count: int, scale: float) -> Array:
+    # The eps of the wide type: a rounded weight is not exact.
+    limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
+    return gap > limit * _ROWS * count
+
+
+def _step(m: Array, r: Array, axis: int, scale: float) -> Array:
+    """A Newton step of one weight or of a stack."""
+    gram = _dot(m, 1 - axis, r, 1 - axis)  # c M^T R, whatever the layout
+    gram = gram if scale == 1 else gram / scale
+    return r + r - (_dot(r, 1, gram, 0) if axis else _dot(gram, 0, r, 0))
 
 
 def _dot(a: Array, i: int, b: Array, j: int) -> Array:

@@ -17,13 +17,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from mwc.nodes.polish import Claim, claim
+from mwc.nodes.polish import Claim, claim, gap_of, redone
 from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
 from passes import _jax
@@ -79,11 +79,19 @@ class Rebuilt:
         h_in: Array,
         kept: Sequence[Array] = (),
         weights: Values | None = None,
+        gaps: Mapping[Var, Array | None] | None = None,
     ) -> Values:
         """The cotangents between its links, from h_in to h_out.
 
-        They are named as in the stage's derivative; h_out is `last`. `kept` is what
-        `pull` kept of ties, `weights` what was made of those of `claims`.
+        They are named as in the stage's derivative; h_out is `last`.
+
+        Args:
+          values: the inputs; the state need not be there.
+          bits: of the first pass.
+          h_in: the cotangent of the state.
+          kept: what `pull` kept of ties.
+          weights: what was made of those of `claims`.
+          gaps: of other claims; None where they are still to be found.
         """
         lost = list(kept)
         bwd = self.stage.linear.bwd
@@ -96,6 +104,13 @@ class Rebuilt:
         for inverse in reversed(self.found.inverses):
             link = inverse.link
             h = _invert(bwd, inverse, env, known[link.target])
+            for of in self.claims:
+                if gaps and of.var in gaps and of.var in link.reads:
+                    weight, gap = env[of.var], gaps[of.var]
+                    gap = gap_of([weight[None]], of) if gap is None else gap
+                    given = env | {link.target: known[link.target]}
+                    again = functools.partial(_invert_by, bwd, inverse, given, of.var)
+                    h = redone(h, weight, of, gap, again)
             if inverse.ties:
                 h, lost = mended(h, lost[-2:]), lost[:-2]
             known[link.source] = h
@@ -217,6 +232,13 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
         return rule([read(env, v) for v in head.invars[1:]], h)
     assert inverse.rule is Rule.TRIANGULAR, inverse.reason
     return _solve(inverse, env, h)
+
+
+def _invert_by(
+    bwd: Graph, inverse: Inverse, env: Values, var: Var, weight: Array
+) -> Array:
+    """`_invert` with another weight; `env` has h_in."""
+    return _invert(bwd, inverse, env | {var: weight}, env[inverse.link.target])
 
 
 def _solve(inverse: Inverse, env: Values, h: Array) -> Array:
