@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from mwc._tie import tie
 from mwc.nodes.polish import Claim, claim, gap_of, redone
 from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
@@ -100,17 +101,21 @@ class Rebuilt:
         for link in links:
             need |= bwd.inputs_of([link.target], [link.source]) - {link.source}
         env = self.stage.residuals(values, bits, False, need) | (weights or {})
+        off: Values = dict(gaps or {})
+        for of in self.claims:
+            if of.var in off and off[of.var] is None:
+                # Or the compiler looks at all weights first, and keeps what it sees.
+                env[of.var] = tie([env[of.var]], h_in)[0]
+                off[of.var] = gap_of([env[of.var][None]], of)
         known = {self._target: h_in}
         for inverse in reversed(self.found.inverses):
             link = inverse.link
             h = _invert(bwd, inverse, env, known[link.target])
             for of in self.claims:
-                if gaps and of.var in gaps and of.var in link.reads:
-                    weight, gap = env[of.var], gaps[of.var]
-                    gap = gap_of([weight[None]], of) if gap is None else gap
+                if of.var in off and of.var in link.reads:
                     given = env | {link.target: known[link.target]}
                     again = functools.partial(_invert_by, bwd, inverse, given, of.var)
-                    h = redone(h, weight, of, gap, again)
+                    h = redone(h, env[of.var], of, off[of.var], again)
             if inverse.ties:
                 h, lost = mended(h, lost[-2:]), lost[:-2]
             known[link.source] = h
