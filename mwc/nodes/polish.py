@@ -180,14 +180,15 @@ def _polished(axis: int, scale: float) -> Callable[..., list[Array]]:
     # several weights at once: they are compiled as often.
     def polished(stack: Array, gap: Array) -> list[Array]:
         m = stack.astype(gap.dtype)
-        off = _off(gap, m.shape[axis + 1], scale)
+
+        def more(state: tuple[Array, Array]) -> Array:
+            return (state[0] > 0) & _off(gap, m.shape[axis + 1], scale)
 
         def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
             left, r = state
             return left - 1, _step(m, r, axis, scale)
 
-        state = jnp.int32(_STEPS), m
-        _, r = lax.while_loop(lambda state: (state[0] > 0) & off, step, state)
+        _, r = lax.while_loop(more, step, (jnp.int32(_STEPS), m))
         made = r.astype(stack.dtype)
         return [made[i] for i in range(len(stack))]
 
