@@ -15,11 +15,11 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mwc._once import compiled_once
 from passes.flops import eqn_flops
 from passes.graph import Var, is_var, nbytes
 from passes.inverses import MOVES, Inverse, Rule, Verdict
@@ -159,7 +159,7 @@ def _gap(axis: int, scale: float) -> Callable[[list[Array]], Array]:
             gaps.append(jnp.abs(image - scale * rows))
         return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
 
-    return compiled_once(gap)
+    return jax.jit(gap)
 
 
 def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
@@ -192,7 +192,7 @@ def _polished(axis: int, scale: float) -> Callable[..., list[Array]]:
         made = r.astype(stack.dtype)
         return [made[i] for i in range(len(stack))]
 
-    return compiled_once(polished)
+    return jax.jit(polished)
 
 
 def redone(

@@ -1,10 +1,13 @@
 """Steps: what the passes do at one stage, made once for all stages alike.
 
 A deep network repeats its layers. What is done at a stage is a function of arrays
-alone, and stages with the same derivative have the same: to the tracer, and to some
-compilers (`mwc._once`), a layer more is a call more.
+alone, and stages with the same derivative have the same: it is traced and lowered
+once, and a layer more is a call more.
 
-Limits: metadata of what is compiled names the first of stages alike for all of them.
+Limits: XLA inlines calls before it optimizes. Calls that stay (`jax.Inline.XLA_LATE`)
+halve the time of the CPU compiler of jaxlib 0.12, but it hangs on some, of layers that
+draw random numbers, and they are not partitioned over devices. Metadata of what is
+compiled names the first of stages alike for all of them.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from mwc import guard
-from mwc._once import compiled_once
 from mwc._tie import barrier
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import Values
@@ -39,7 +43,7 @@ class Steps:
         """
         key = step, one.kind, fixed
         if key not in self._made:
-            self._made[key] = compiled_once(functools.partial(step, one, *fixed))
+            self._made[key] = jax.jit(functools.partial(step, one, *fixed))
         return self._made[key]
 
 

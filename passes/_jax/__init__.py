@@ -28,7 +28,6 @@ from passes._jax.meshes import (
     is_split,
     match_aval,
     off_mesh,
-    on_mesh,
     varying,
     zeros,
 )
@@ -37,8 +36,7 @@ from passes._jax.rules import identity_primitive, new_primitive, register_rules
 # Re-exported; helpers follow.
 __all__ = ["AbstractValue", "Literal", "Var", "Zero"]
 __all__ += ["identity_primitive", "new_primitive", "register_rules"]
-__all__ += ["PLACING", "is_split", "match_aval", "off_mesh", "on_mesh", "varying"]
-__all__ += ["zeros"]
+__all__ += ["PLACING", "is_split", "match_aval", "off_mesh", "varying", "zeros"]
 
 Eqn = Any
 Jaxpr = Any

@@ -71,13 +71,6 @@ def is_split(value: Any) -> bool:
     return any(axis is not None for axis in spec)
 
 
-def on_mesh(value: Any) -> bool:
-    """Whether an array, or one of a type, is on a mesh, be it whole on each device."""
-    aval = value if isinstance(value, AbstractValue) else jax.typeof(value)
-    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return mesh is not None and not mesh.empty
-
-
 def match_aval(value: Any, aval: Any) -> Any:
     """Gives a cotangent the type that JAX expects for an argument of type `aval`.
 
