@@ -79,29 +79,6 @@ def test_a_state_that_is_a_result():
         np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
-@pytest.mark.parametrize("own", ["array", "number", "random", "roll"])
-def test_stages_that_differ_by_what_is_in_the_code(own):
-    """What stages alike share must not be what they have of their own."""
-    draw = np.random.default_rng(1)
-    arrays = draw.standard_normal((DEPTH, WIDTH))
-    key = jax.random.key(0)
-
-    def loss(weights, x):
-        for i, w in enumerate(weights):
-            x = rotate(jnp.abs(x), w)
-            if own == "array":
-                x = x + arrays[i]
-            elif own == "number":
-                x = jnp.where(x > 0, x, (0.9 + 0.01 * i) * x)
-            elif own == "random":
-                x = x + jax.random.normal(jax.random.fold_in(key, i), (WIDTH,))
-            else:
-                x = jnp.roll(x, i, axis=1)
-        return jnp.mean(x**3)
-
-    assert check(loss, *arguments()) >= DEPTH - 2
-
-
 def test_a_mask_that_goes_past_a_stage():
     def loss(weights, x):
         h = rotate(x, weights[0])
