@@ -142,24 +142,21 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
       stacks: the weights of each group, [weights, ...], all of one shape.
       of: the claim of each.
     """
-    return _gap(of.axis, of.scale)(list(stacks))
+    return _gap(list(stacks), of.axis, of.scale)
 
 
-@functools.cache
-def _gap(axis: int, scale: float) -> Callable[[list[Array]], Array]:
-    def gap(stacks: list[Array]) -> Array:
-        shape = len(stacks[0]), _ROWS, stacks[0].shape[axis + 1]
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
-        wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
-        rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
-        gaps = []
-        for stack in stacks:
-            m = stack.astype(wide)
-            image = _dot(_dot(rows, 1, m, axis), 1, m, 1 - axis)
-            gaps.append(jnp.abs(image - scale * rows))
-        return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
-
-    return jax.jit(gap)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _gap(stacks: list[Array], axis: int, scale: float) -> Array:
+    shape = len(stacks[0]), _ROWS, stacks[0].shape[axis + 1]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
+    wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
+    rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
+    gaps = []
+    for stack in stacks:
+        m = stack.astype(wide)
+        image = _dot(_dot(rows, 1, m, axis), 1, m, 1 - axis)
+        gaps.append(jnp.abs(image - scale * rows))
+    return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
 
 
 def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
@@ -171,28 +168,25 @@ def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
       gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
         not mended: the guard trips.
     """
-    return _polished(of.axis, of.scale)(stack, gap)
+    return _polished(stack, gap, of.axis, of.scale)
 
 
-@functools.cache
-def _polished(axis: int, scale: float) -> Callable[..., list[Array]]:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _polished(stack: Array, gap: Array, axis: int, scale: float) -> list[Array]:
     # There is a loop of these in the code of every sweep, so few operations, and
-    # several weights at once: they are compiled as often.
-    def polished(stack: Array, gap: Array) -> list[Array]:
-        m = stack.astype(gap.dtype)
+    # several weights at once: they are compiled as often. Traced once.
+    m = stack.astype(gap.dtype)
 
-        def more(state: tuple[Array, Array]) -> Array:
-            return (state[0] > 0) & _off(gap, m.shape[axis + 1], scale)
+    def more(state: tuple[Array, Array]) -> Array:
+        return (state[0] > 0) & _off(gap, m.shape[axis + 1], scale)
 
-        def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            left, r = state
-            return left - 1, _step(m, r, axis, scale)
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, r = state
+        return left - 1, _step(m, r, axis, scale)
 
-        _, r = lax.while_loop(more, step, (jnp.int32(_STEPS), m))
-        made = r.astype(stack.dtype)
-        return [made[i] for i in range(len(stack))]
-
-    return jax.jit(polished)
+    _, r = lax.while_loop(more, step, (jnp.int32(_STEPS), m))
+    made = r.astype(stack.dtype)
+    return [made[i] for i in range(len(stack))]
 
 
 def redone(
