@@ -11,6 +11,7 @@ al., 2018). Limits: straight-line code; equations with programs inside are not w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from passes import _jax
-from passes.graph import read
+from passes.graph import Graph, evaluate, read
 from passes.linearise import Linear, hoisted
 
 _DTYPES = ("new_dtype", "preferred_element_type", "dtype")
@@ -83,4 +84,26 @@ def _wide_eqn(eqn: Any) -> Any:
         dtype = params.get(key)
         if dtype is not None and is_narrow(jax.ShapeDtypeStruct((), dtype)):
             params[key] = jnp.dtype(np.float32)
+    if params.get("update_jaxpr") is not None:  # of a scatter: how two numbers meet
+        update = _wide_program(params["update_jaxpr"], params["update_consts"])
+        params |= {"update_jaxpr": update, "update_consts": ()}
+    elif _jax.sub_jaxprs(eqn):
+        raise TypeError(f"{eqn.primitive} has a program inside")
     return eqn.replace(params=params)
+
+
+def _wide_program(jaxpr: Any, consts: Sequence[Any]) -> Any:
+    """A program of two narrow numbers, of two of float32."""
+    body, more = _jax.opened(jaxpr)
+    given = dict(zip(body.constvars, [*more, *consts], strict=True))
+    graph = Graph(tuple(body.invars), tuple(body.outvars), tuple(body.eqns))
+
+    def run(*numbers: Any) -> list[Any]:
+        env = given | dict(zip(graph.invars, numbers, strict=True))
+        return evaluate(graph, env, graph.outvars)
+
+    number = jax.ShapeDtypeStruct((), np.float32)
+    wide, consts = _jax.opened(jax.make_jaxpr(run)(number, number))
+    if consts or any(v.aval.dtype != np.float32 for v in wide.outvars):
+        raise TypeError("it does not give float32")
+    return wide

@@ -66,3 +66,21 @@ def test_programs_inside_are_not_widened():
         return lax.cond(h[0, 0] > 0, lambda: h @ w, lambda: -h @ w)
 
     assert widened(linear_of(fun, *arrays(jnp.bfloat16))) is None
+
+
+def test_what_is_gathered():
+    """The sum of a scatter is a program of two numbers inside of the equation."""
+
+    def stage(h, table):
+        return h + jnp.sort(table[jnp.arange(8, 4, -1) // 3], axis=0)
+
+    args = [x[:, :3] for x in arrays(jnp.bfloat16)]
+    linear = linear_of(stage, *args)
+    wide = widened(linear)
+    assert wide is not None
+    assert any(e.primitive.name == "scatter-add" for e in wide.bwd.eqns)
+    ct = jnp.asarray(np.random.default_rng(1).standard_normal((4, 3)), jnp.float32)
+    found = jax.jit(lambda ct: pulled(wide, args, ct))(ct)
+    wider = [x.astype(jnp.float32) for x in args]
+    for one, true in zip(found, jax.vjp(stage, *wider)[1](ct), strict=True):
+        np.testing.assert_allclose(one, true, rtol=1e-6, atol=1e-6)
