@@ -21,10 +21,12 @@ from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.stages import Stage, Straight
+from passes import _jax
 from passes.alike import key_of
 from passes.chain import chain, is_choice
 from passes.declared import Fact, facts
 from passes.depend import carries_tangent, sides
+from passes.fixed import Fixed
 from passes.graph import Graph, Var, is_var
 from passes.inline import inline
 from passes.linearise import is_inexact
@@ -42,6 +44,7 @@ class Assembly:
       sources: its inputs that may carry a tangent.
       options: the decorator's options.
       known: what is known of inputs that are weights.
+      captured: inputs that are the same array at every call, with that array.
       guarded: whether readings of guards have a way out: not from a loop's body.
     """
 
@@ -52,6 +55,7 @@ class Assembly:
         sources: Collection[Var],
         options: Any,
         known: Mapping[Var, Fact] | None = None,
+        captured: Mapping[Var, Any] | None = None,
         guarded: bool = True,
     ):
         self.graph, self._options = graph, options
@@ -66,7 +70,8 @@ class Assembly:
         self._prologue = self._builder.straight(cut.prologue)
         self._stages = [self._builder.stage(p.graph) for p in cut.pieces]
         self._known = facts(graph, dict(known or {}))
-        self._judge = Judge(outside, self._known)
+        self._fixed = Fixed(graph, captured or {})
+        self._judge = Judge(outside, self._known, self._fixed)
         self._given = {*parameters, *cut.prologue.outvars}
         self._bodies: dict[int, Assembly] = {}
         self._branches: dict[Any, Assembly] = {}
@@ -184,7 +189,9 @@ class Assembly:
         sides = tuple(tuple(place[v] for v in side) for side in (given, sources))
         key = key_of(graph), sides, facts
         if key not in self._branches:
-            made = Assembly(graph, given, sources, self._options, known, self._guarded)
+            made = Assembly(
+                graph, given, sources, self._options, known, guarded=self._guarded
+            )
             self._branches[key] = made
         return self._branches[key]
 
@@ -193,11 +200,20 @@ class Assembly:
         graph, body = loop.body.graph, loop.body
         outside = {*graph.invars} - {*graph.invars[loop.carries]}
         known = self._builder.inner_facts(loop.eqn, graph, self._known)
-        one = Judge(outside, known)(body)
+        fixed = Fixed(graph, self._unmoved(loop.eqn, graph))
+        one = Judge(outside, known, fixed)(body)
         if isinstance(one, str):
             return []
         found = rebuilt_loop(loop, one, self._options.tolerance)
         return [] if found is None else [found]
+
+    def _unmoved(self, eqn: Any, body: Graph) -> dict[Var, Any]:
+        """Inputs of a loop's body that are always the same, with their values."""
+        count, _ = _jax.scan_layout(eqn)
+        outer = [v for v in eqn.invars[:count] if is_var(v)]
+        values = self._fixed(outer)
+        pairs = zip(body.invars, eqn.invars[:count], strict=False)
+        return {i: values[o] for i, o in pairs if is_var(o) and o in values}
 
     def _nested(self, i: int, loop: Loop, extra: float) -> Iterator[Loop]:
         """The loop with its body as a chain."""
@@ -213,8 +229,9 @@ class Assembly:
             given = [v for v in graph.invars if v not in state]
             sources = [v for v in graph.invars if v in moving]
             known = self._builder.inner_facts(loop.eqn, graph, self._known)
+            fixed = self._unmoved(loop.eqn, graph)
             self._bodies[i] = Assembly(
-                graph, given, sources, self._options, known, guarded=False
+                graph, given, sources, self._options, known, fixed, guarded=False
             )
         body = self._bodies[i]
         if not choices and not body.has_schedules:

@@ -23,6 +23,7 @@ from mwc.errors import MoonwalkUnsupportedError
 from mwc.stages import DRIFT
 from passes import _jax
 from passes.depend import carries_tangent
+from passes.fixed import measured
 from passes.graph import Graph, Var, is_var, read
 from passes.inline import inline
 from passes.linearise import is_inexact
@@ -31,13 +32,16 @@ from passes.vijps import marked
 Array = Any
 
 
-def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
+def build(
+    jaxpr: Any, roles: Sequence[str], options: Any, captured: Sequence[Any] = ()
+) -> Emitted:
     """Compiles a function.
 
     Args:
       jaxpr: a closed jaxpr without constants.
       roles: "parameter" or "data" for each of its inputs.
       options: the decorator's options (`mwc._options.Options`).
+      captured: the arrays that its first inputs are at every call.
 
     Returns:
       The program with its plan.
@@ -46,7 +50,8 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
     parameters = [
         v for v, r in zip(graph.invars, roles, strict=True) if r == "parameter"
     ]
-    assembly, still = _assembled(graph, parameters, options)
+    same = dict(zip(graph.invars, captured, strict=False))
+    assembly, still = _assembled(graph, parameters, options, same)
     extra = 2.0 if options.extra_forwards is None else options.extra_forwards
     chained, decision = assembly.schedule(extra)
     plan = describe(chained, decision, jaxpr, roles, options.strict)
@@ -54,15 +59,16 @@ def build(jaxpr: Any, roles: Sequence[str], options: Any) -> Emitted:
 
 
 def _assembled(
-    graph: Graph, parameters: Sequence[Var], options: Any
+    graph: Graph, parameters: Sequence[Var], options: Any, captured: dict[Var, Any]
 ) -> tuple[Assembly, dict[Var, Any]]:
     """The program, and inputs that it cannot be differentiated in.
 
     Those are data that reach an equation without a reverse mode, each with that
     equation, where the program cannot be differentiated in all of its inputs.
     """
+    more = options, measured(captured), captured
     try:
-        return Assembly(graph, parameters, graph.invars, options), {}
+        return Assembly(graph, parameters, graph.invars, *more), {}
     except (NotImplementedError, TypeError, ValueError):
         stuck = [eqn for eqn in graph.eqns if _jax.has_no_reverse(eqn)]
         still: dict[Var, Any] = {}
@@ -76,7 +82,7 @@ def _assembled(
         if not still:
             raise
         sources = [v for v in graph.invars if v not in still]
-        return Assembly(graph, parameters, sources, options), still
+        return Assembly(graph, parameters, sources, *more), still
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

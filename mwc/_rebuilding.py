@@ -14,10 +14,11 @@ is worse.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mwc.guard import planned_shape, planned_tolerance
 from mwc.loops import Loop
@@ -27,6 +28,7 @@ from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.declared import Fact
+from passes.fixed import Fixed
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, is_var, nbytes
 from passes.linearise import Linear, is_inexact
@@ -38,6 +40,15 @@ from passes.widen import widened
 _LONGEST = 128  # stages of a run
 _SHARE = 0.7  # of the tolerance
 _ROUNDING = 5.0  # units in the last place that a stage adds
+_TRIES = 3  # arrays with which stages alike cannot be rebuilt: others are not tried
+
+
+class _Found(NamedTuple):
+    """What equal stages share: the derivative that is swept, its inverses, bits."""
+
+    linear: Linear
+    submersion: Submersion
+    bits: tuple[Var, ...]
 
 
 class Judge:
@@ -46,11 +57,19 @@ class Judge:
     Args:
       outside: the program's own inputs and what follows from parameters.
       known: what is known of weights.
+      fixed: values of what is always the same.
     """
 
-    def __init__(self, outside: Collection[Var], known: Mapping[Var, Fact]):
-        self._outside, self._known = outside, known
-        self._found: dict[Any, tuple[Linear, Submersion, tuple[Var, ...]]] = {}
+    def __init__(
+        self,
+        outside: Collection[Var],
+        known: Mapping[Var, Fact],
+        fixed: Fixed | None = None,
+    ):
+        self._outside, self._known, self._fixed = outside, known, fixed
+        self._found: dict[Any, _Found] = {}
+        self._alike: dict[Any, _Found] = {}
+        self._failed: collections.Counter[int] = collections.Counter()
 
     def __call__(self, stage: Stage) -> Rebuilt | str:
         """The stage as one that can be rebuilt, or why it cannot."""
@@ -73,16 +92,7 @@ class Judge:
         (state,), result = states, results[0]
         names = dict(zip(graph.invars, linear.fwd.invars, strict=True))
         given = {f: self._known[v] for v, f in names.items() if v in self._known}
-        key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
-        if key not in self._found:
-            wide, found = linear, submersion(linear, names[state], given)
-            if found.can_rebuild:
-                wide = widened(linear) or linear
-            if wide is not linear:
-                found = submersion(wide, names[state], given)
-            bits = self._bits(graph, wide, names) if found.can_rebuild else ()
-            self._found[key] = wide, found, bits
-        wide, found, bits = self._found[key]
+        wide, found, bits = self._judged(graph, linear, names, state, given)
         if not found.can_rebuild:
             return f"{found.verdict.value}: {found.reason}"
         if sum(inverse.claimed for inverse in found.inverses) > 1:
@@ -93,6 +103,54 @@ class Judge:
             return "sweep R would keep as much of it as its state"
         swept = dataclasses.replace(stage, bit_vars=bits, linear=wide)
         return Rebuilt(swept, found, state, result)
+
+    def _judged(
+        self,
+        graph: Graph,
+        linear: Linear,
+        names: Mapping[Var, Var],
+        state: Var,
+        given: dict[Var, Fact],
+    ) -> _Found:
+        key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
+        if key not in self._found:
+            self._found[key] = self._seen(graph, linear, names, state, given, {})
+        found = self._found[key]
+        if found.submersion.can_rebuild or self._failed[id(linear)] >= _TRIES:
+            return found
+        # Only now: what is looked at is looked at anew for each array.
+        fixed = {} if self._fixed is None else self._fixed(graph.invars)
+        if not fixed:
+            return found
+        values = {names[v]: x for v, x in fixed.items()}
+        key = *key, tuple((str(f), id(x)) for f, x in values.items())
+        if key not in self._found:
+            again = self._seen(graph, linear, names, state, given, values)
+            can = again.submersion.can_rebuild
+            self._failed[id(linear)] += not can
+            ways = tuple(i.way for i in again.submersion.inverses)
+            # With the same inverses it is the same step, whatever the values.
+            self._found[key] = (
+                self._alike.setdefault((id(linear), ways), again) if can else found
+            )
+        return self._found[key]
+
+    def _seen(
+        self,
+        graph: Graph,
+        linear: Linear,
+        names: Mapping[Var, Var],
+        state: Var,
+        given: dict[Var, Fact],
+        values: dict[Var, Any],
+    ) -> _Found:
+        wide, found = linear, submersion(linear, names[state], given, values)
+        if found.can_rebuild:
+            wide = widened(linear) or linear
+        if wide is not linear:
+            found = submersion(wide, names[state], given, values)
+        bits = self._bits(graph, wide, names) if found.can_rebuild else ()
+        return _Found(wide, found, bits)
 
     def _bits(
         self, graph: Graph, linear: Linear, names: Mapping[Var, Var]

@@ -133,7 +133,8 @@ class Shared:
         jaxpr = _jax.hoisted(traced)
         roles = ["data"] * len(captured)
         roles += self.roles(args, kwargs, {*range(bound), *indices})
-        build = functools.partial(_build, jaxpr, tuple(roles), self.options)
+        same = _jax.constants(traced)
+        build = functools.partial(_build, jaxpr, tuple(roles), self.options, same)
         name, source = self.signature.name, self.signature.source
         site = Site(Spec(jaxpr, build, name=name, source=source))
         made = Entry(site, traced.out_tree, _trace.has_static(traced.out_tree))
@@ -272,8 +273,10 @@ class Shared:
         return tuple(full), kwargs | named
 
 
-def _build(jaxpr: Any, roles: tuple[str, ...], options: Options) -> Any:
+def _build(
+    jaxpr: Any, roles: tuple[str, ...], options: Options, captured: Sequence[Any]
+) -> Any:
     # The engine imports much that a function never differentiated does not need.
     from mwc import _engine
 
-    return _engine.build(jaxpr, roles, options)
+    return _engine.build(jaxpr, roles, options, captured)

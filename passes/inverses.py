@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,12 @@ class Inverse:
     def claimed(self) -> bool:
         """Whether the rule rests on what the user says of a map."""
         return self.rule is not None and self.verdict is Verdict.GENERIC
+
+    @property
+    def way(self) -> Hashable:
+        """All but where it is: equal for links that are inverted alike."""
+        way = self.verdict, self.rule, self.scale, self.amplification, self.reason
+        return *way, self.fact, self.ties
 
 
 # Linear maps that only move numbers: P^T P = I.
@@ -223,8 +229,8 @@ def _weight(linear: Linear, link: Link, given: dict[Var, Fact]) -> Fact | None:
 
 
 def _free_weight(linear: Linear, link: Link) -> bool:
-    """Whether a product of the link reads an input of the stage as it is."""
-    inputs = set(linear.fwd.invars)
+    """Whether a product of the link reads an input of the stage that may change."""
+    inputs = {*linear.fwd.invars} - {*linear.consts}
     residual = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
     plain = {"transpose", "reshape", "convert_element_type", "squeeze", "rev", "copy"}
     for eqn, v in _operands(link):

@@ -25,12 +25,10 @@ talks to other devices: a map is run on one device, whatever mesh it is for.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from typing import Any
 
 import jax
@@ -38,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from passes import _jax
+from passes.apart import apart
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, astype, evaluate, is_var, nbytes, read, size
 from passes.linearise import Linear
@@ -100,6 +99,10 @@ def probe(
     todo = [*(fwd.eqns[i] for i in fwd.needed(atoms)), *eqns]
     inputs = [v for v in fwd.inputs_of(atoms) if v not in linear.consts]
     points = all(map(_is_pointwise, todo)) and _keeps_shape(eqns, source)
+    # An array that is always the same has no independent elements.
+    met = {v for v in (*atoms, *(v for e in todo for v in e.invars)) if is_var(v)}
+    points = points and not any(_rank(v) for v in met & {*linear.consts})
+    fixed = met & {*linear.consts} & {*fwd.invars}
     bytes_ = sum(nbytes(v) for e in todo for v in e.outvars) + sum(map(nbytes, inputs))
     work = sum(eqn_flops(e).total for e in todo)
     large = not points and (bytes_ > _MOST_BYTES or work > _MOST_FLOPS)
@@ -113,7 +116,7 @@ def probe(
     run_graph = _at_points if points else evaluate
 
     rng = np.random.default_rng(zlib.crc32(b"probe"))
-    steady = _steady(fwd, atoms)
+    steady = _steady(linear, atoms)
     # A single number is a multiple of an isometry whatever its slope, and so is an
     # array with one gain for all of it: draw again, of another size. A map that rests
     # on no input is one map.
@@ -141,8 +144,9 @@ def probe(
 
             return _images(pull, h)
 
-        # At points each operation is compiled once for all programs; no need for jit.
-        look = _Look(run if points else jax.jit(run))
+        # At points each operation is compiled once for all programs, and with arrays
+        # that are fixed once for all of these; no need for jit.
+        look = _Look(run if points or fixed else jax.jit(run))
         rows = []
         for draw in range(draws):
             drawn = _Draw(rng, draw, points, steady)
@@ -152,25 +156,25 @@ def probe(
         return rows, [look([_level(x, at) for x in made], h) for at in _LEVELS]
 
     try:
-        rows, level = _apart(look_at_all)
+        rows, level = apart(look_at_all)
     except (NotImplementedError, RuntimeError, ValueError):
         return None  # a kernel of another platform
     except NameError:
         return None  # a collective, whose axis is not there
-    scales, lost, apart, square, inverse, least = np.array(rows, np.float64).T
+    scales, lost, crossed, square, inverse, least = np.array(rows, np.float64).T
     scale = float(scales[0])
     eps = float(jnp.finfo(source.aval.dtype).eps)
     close = max((64 if eps < 1e-4 else 8) * eps, 1e-12)
     same = np.max(np.abs(scales - scale)) <= close * scale
     known = bool(same and np.max(lost) <= close and scale > 0)
-    diagonal = bool(np.max(apart) <= close)
+    diagonal = bool(np.max(crossed) <= close)
     # Where all is zero, as in rows that pad a batch, a kink may be flat.
     flat = diagonal and steady and level[0][-1] == 0
     known = known and not flat
     zeros = bool(np.min(least) == 0) or flat
     growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
     return Probed(
-        scale=_rounded(scale, eps) if known else None,
+        scale=rounded(scale, eps) if known else None,
         diagonal=diagonal,
         zeros=zeros,
         amplification=growth,
@@ -179,35 +183,10 @@ def probe(
     )
 
 
-def _apart(fun: Callable[[], Any]) -> Any:
-    """Calls a function where no mesh, trace or setting of the caller is in force."""
-    wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-
-    def call() -> Any:
-        quiet = jax.debug_nans(False), jax.debug_infs(False)
-        guards = *quiet, jax.transfer_guard("allow"), jax.enable_x64(wide), _on_host()
-        with contextlib.ExitStack() as stack:
-            for one in guards:
-                stack.enter_context(one)
-            return fun()
-
-    # All of these belong to a thread.
-    with futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
 def _off_mesh(graph: Graph, at: Sequence[int]) -> Graph:
     """Some of the equations of a graph, off the mesh that they are placed on."""
     eqns = tuple(_jax.off_mesh(graph.eqns[i]) for i in at)
     return Graph(graph.invars, graph.outvars, eqns)
-
-
-def _on_host() -> contextlib.AbstractContextManager[Any]:
-    """Runs on the CPU, if JAX has it: a GPU rounds products of float32 to TF32."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return contextlib.nullcontext()
 
 
 class _Look:
@@ -252,7 +231,7 @@ def _seen(h: Any, out: Any, again: Any, ones: Any) -> list[float]:
     return [scale, lost, apart, *map(float, moments)]
 
 
-def _rounded(scale: float, eps: float) -> float:
+def rounded(scale: float, eps: float) -> float:
     """A ratio of small integers that a sum of random products came close to."""
     for bottom in (1, 2, 3, 4, 6, 8, 9, 12, 16):
         top = round(scale * bottom)
@@ -261,8 +240,9 @@ def _rounded(scale: float, eps: float) -> float:
     return scale
 
 
-def _steady(fwd: Graph, atoms: Sequence[Any]) -> bool:
+def _steady(linear: Linear, atoms: Sequence[Any]) -> bool:
     """Whether values depend on inputs through bools and integers alone."""
+    fwd = linear.fwd
     branches = [
         v
         for eqn in fwd.eqns
@@ -270,7 +250,7 @@ def _steady(fwd: Graph, atoms: Sequence[Any]) -> bool:
         if not jnp.issubdtype(v.aval.dtype, jnp.inexact)
     ]
     left = fwd.inputs_of([a for a in atoms if is_var(a)], branches) - {*branches}
-    return not any(v in {*fwd.invars} for v in left)
+    return not left & ({*fwd.invars} - {*linear.consts})
 
 
 def _is_pointwise(eqn: Any) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from passes.declared import Fact
 from passes.graph import Var
@@ -58,7 +59,10 @@ class Submersion:
 
 
 def submersion(
-    linear: Linear, state: Var, given: dict[Var, Fact] | None = None
+    linear: Linear,
+    state: Var,
+    given: dict[Var, Fact] | None = None,
+    fixed: dict[Var, Any] | None = None,
 ) -> Submersion:
     """Judges a stage.
 
@@ -67,10 +71,13 @@ def submersion(
       state: the active input of `linear.fwd` that is the state.
       given: what is known of inputs of `linear.fwd` that are weights
         (`passes.declared`).
+      fixed: values of inputs of `linear.fwd` that are always the same
+        (`passes.fixed`).
 
     Returns:
       The verdict with its links.
     """
+    linear = dataclasses.replace(linear, consts=linear.consts | (fixed or {}))
     cts = linear.ct_inputs
     active = [v for v, a in zip(linear.fwd.invars, linear.active, strict=True) if a]
     target = linear.bwd.outvars[active.index(state)]
@@ -123,7 +130,8 @@ def _seen(linear: Linear, link: Link, one: Inverse | None) -> Inverse | None:
         return one
     made = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
     read = linear.bwd.inputs_of(link.reads)
-    if linear.fwd.inputs_of(made[v] for v in read if v in made) & {*linear.fwd.invars}:
+    roots = linear.fwd.inputs_of(made[v] for v in read if v in made)
+    if roots & ({*linear.fwd.invars} - {*linear.consts}):
         return one
     seen = tried(linear, link)
     return one if seen.rule is None else seen

@@ -212,7 +212,12 @@ def outlives(traced: Any) -> str | None:
 def captured(traced: Any) -> list[Any]:
     """The values of the leading inputs that `hoisted` makes: arrays, then tracers."""
     # Tracers are leading inputs from the start, and only `_consts` has them.
-    return [*opened(traced.jaxpr)[1], *traced._consts]
+    return [*constants(traced), *traced._consts]
+
+
+def constants(traced: Any) -> list[Any]:
+    """Those that are arrays: the same at every call of this trace."""
+    return opened(traced.jaxpr)[1]
 
 
 def dead_code(jaxpr: Jaxpr, used: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
