@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from passes import _jax
 from passes.graph import Graph, Var, is_var
@@ -121,7 +122,8 @@ def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]
             continue
         fact = known[source]
         if name in {"convert_element_type", "copy", "copy_p", *_jax.PLACING}:
-            known[eqn.outvars[0]] = fact
+            if fact.what != "orthonormal" or _as_fine(eqn.outvars[0], source):
+                known[eqn.outvars[0]] = fact
         elif name == "transpose":
             order = list(params["permutation"])
             axes = tuple(order.index(a) for a in fact.axes)
@@ -133,6 +135,14 @@ def facts(graph: Graph, given: dict[Var, Fact] | None = None) -> dict[Var, Fact]
         elif name in ("slice", "dynamic_slice") and _whole(eqn, fact):
             known[eqn.outvars[0]] = fact
     return known
+
+
+def _as_fine(made: Var, source: Var) -> bool:
+    """Whether a value has no digits that its source has not, and is no integer."""
+    dtype = made.aval.dtype
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return bool(jnp.finfo(dtype).eps >= jnp.finfo(source.aval.dtype).eps)
 
 
 def _whole(eqn: Any, fact: Fact) -> bool:

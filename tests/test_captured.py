@@ -160,3 +160,13 @@ def test_stages_alike_share_their_code():
         return ours.lower(weights[:depth], x).as_text().count("\n")
 
     assert lines(16) - lines(12) < 4 * 20
+
+
+def test_a_matrix_of_less_precision():
+    """What is orthonormal in float32 is not so in float64: it is no longer known."""
+    turn = isometry(WIDTH, WIDTH).astype(np.float32)
+    assert (
+        check(deep(lambda x, i: x @ jnp.asarray(turn).astype(x.dtype)), *arguments())
+        == 0
+    )
+    assert check(deep(lambda x, i: x @ turn), *arguments()) == 0

@@ -239,7 +239,7 @@ class Moonwalk(Whole):
         if len(batch[0]) > 1 or not of.given:
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return gap_of([values[v][None] for v in given], of)
+        return gap_of([values[v] for v in given], of)
 
     def _polish(
         self,

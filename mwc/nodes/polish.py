@@ -139,7 +139,7 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
     """How far weights alike are from their claim, as a scalar for `polished`.
 
     Args:
-      stacks: the weights of each group, [weights, ...], all of one shape.
+      stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
     """
     return _gap(list(stacks), of.axis, of.scale)
@@ -147,8 +147,9 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gap(stacks: list[Array], axis: int, scale: float) -> Array:
-    shape = len(stacks[0]), _ROWS, stacks[0].shape[axis + 1]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[1:])
+    *count, _, _ = stacks[0].shape
+    shape = *count, _ROWS, stacks[0].shape[len(count) + axis]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[-2:])
     wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
     rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
     gaps = []

@@ -106,7 +106,7 @@ class Rebuilt:
             if of.var in off and off[of.var] is None:
                 # Or the compiler looks at all weights first, and keeps what it sees.
                 env[of.var] = tie([env[of.var]], h_in)[0]
-                off[of.var] = gap_of([env[of.var][None]], of)
+                off[of.var] = gap_of([env[of.var]], of)
         known = {self._target: h_in}
         for inverse in reversed(self.found.inverses):
             link = inverse.link
