@@ -66,10 +66,10 @@ class Fixed:
             return None
         env = {v: given[v] for v in graph.inputs_of([var], given)}
         try:
-            value = apart(lambda: _read(evaluate(graph, env, [var])[0]))
+            key, value = apart(lambda: _read(evaluate(graph, env, [var])[0]))
         except (NotImplementedError, RuntimeError, ValueError, TypeError):
             return None  # on another host, deleted, or a kernel of another platform
-        return self._same.setdefault(_digest(value), value)
+        return self._same.setdefault(key, value)
 
 
 def measured(captured: Mapping[Var, Any]) -> dict[Var, Fact]:
@@ -120,16 +120,9 @@ def _is_small(var: Var) -> bool:
     return flat or not jnp.issubdtype(var.aval.dtype, np.inexact)
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _read(x: Any) -> Any:
-    return x if _is_key(x) else np.asarray(x)
-
-
-def _digest(value: Any) -> Any:
-    """What is equal for equal arrays."""
-    data = np.asarray(jax.random.key_data(value)) if _is_key(value) else value
+def _read(x: Any) -> tuple[Any, Any]:
+    """What is equal for equal arrays, and the array."""
+    key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(x) if key else x)
     whole = hashlib.sha256(np.ascontiguousarray(data).tobytes()).digest()
-    return str(value.dtype), value.shape, whole
+    return (str(x.dtype), x.shape, whole), x if key else data

@@ -81,7 +81,7 @@ def install(monkeypatch, maker):
     """Puts a reference program in the engine's place; returns the list of builds."""
     builds = []
 
-    def build(jaxpr, roles, options):
+    def build(jaxpr, roles, options, captured):
         builds.append(roles)
         return maker(jaxpr)
 

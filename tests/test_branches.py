@@ -220,9 +220,9 @@ def test_equal_branches_are_assembled_once(monkeypatch):
     made = []
     start = _assemble.Assembly.__init__
 
-    def counted(self, *args):
+    def counted(self, *args, **kwargs):
         made.append(self)
-        start(self, *args)
+        start(self, *args, **kwargs)
 
     monkeypatch.setattr(_assemble.Assembly, "__init__", counted)
 
