@@ -174,3 +174,62 @@ def test_a_declaration_is_nothing_that_backpropagation_keeps():
         return mwc.moonwalk_compile(loss).plan(weights, X).backprop_bytes
 
     assert kept(coisometric(lambda x, w: x @ w)) == kept(lambda x, w: x @ w) > 0
+
+
+TOKENS, HEADS, SIZE = 3, 2, 4
+
+
+def blocks(h):
+    return h.reshape(*h.shape[:2], HEADS, SIZE)
+
+
+# Orthogonal matrices, the weight that they are as, and a map that it makes coisometric.
+MAPS = {
+    "transposed": ((8, 8), (8, 8), lambda h, w: h @ w.T),
+    "scaled": ((8, 8), (8, 8), lambda h, w: 3 * (h @ w) / 3),
+    "heads": (
+        (HEADS, SIZE, SIZE),
+        (HEADS, SIZE, SIZE),
+        lambda h, w: jnp.einsum("bthi,hij->bthj", blocks(h), w).reshape(h.shape),
+    ),
+    "sums over heads": (
+        (8, 8),
+        (HEADS, SIZE, 8),
+        lambda h, w: jnp.einsum("bthi,hid->btd", blocks(h), w),
+    ),
+    "spreads to heads": (
+        (8, 8),
+        (8, HEADS, SIZE),
+        lambda h, w: jnp.einsum("btd,dhi->bthi", h, w).reshape(h.shape),
+    ),
+    "tokens": (
+        (TOKENS, TOKENS),
+        (TOKENS, TOKENS),
+        lambda h, w: jnp.einsum("btd,ts->bsd", h, w),
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64", "quick")
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("off", [0.0, 1e-3])
+def test_weights_of_all_shapes_are_mended(name, off):
+    """Gradients of weights that were moved are exact, not NaN."""
+    matrices, shape, fun = MAPS[name]
+    layer, draw = coisometric(fun), np.random.default_rng(0)
+    exact = [np.linalg.qr(draw.standard_normal(matrices))[0] for _ in range(4)]
+    moved = [w + off * draw.standard_normal(matrices) for w in exact]
+    weights = [jnp.asarray(w.reshape(shape)) for w in moved]
+    x = jnp.asarray(draw.standard_normal((5, TOKENS, 8)))
+
+    def loss(weights, x):
+        for w in weights:
+            x = layer(jnp.abs(x), w)
+        return jnp.mean(x**3)
+
+    ours = mwc.moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+    rows = ours.plan(weights, x).stages
+    assert sum(row.strategy == "moonwalk" for row in rows) >= 3
+    found = jax.jit(jax.grad(ours))(weights, x)
+    for a, b in zip(found, jax.grad(loss)(weights, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)

@@ -1,11 +1,13 @@
 """Polish: weights that have moved a little get right inverses, others stay."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mwc.nodes.polish import Claim, batches, gap_of, polished, redone, together
+from mwc.nodes.polish import Claim, Layout, batches, gap_of, polished, redone, together
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def a_claim(*shape, axis=1, scale=1.0, given=True):
     (var,) = jax.make_jaxpr(lambda w: w)(jnp.zeros(shape, jnp.float32)).jaxpr.invars
-    return Claim(var, axis, scale, given)
+    return Claim(var, Layout((), (1 - axis,), (axis,)), scale, given)
 
 
 def mended(weights, of):
@@ -59,6 +61,42 @@ def test_what_is_far_off_is_left_to_the_guard():
     far, near = mended([3 * jnp.ones((5, 4)), jnp.asarray(moved)], a_claim(5, 4))
     assert not np.max(np.abs(3 * np.ones((4, 5)) @ far - np.eye(4))) < 0.5
     np.testing.assert_allclose(moved.T @ near, np.eye(4), atol=3e-6)
+
+
+LAYOUTS = [
+    Layout((0,), (1,), (2,)),
+    Layout((1,), (2,), (0,)),
+    Layout((), (0, 2), (1,)),
+    Layout((), (1,), (0, 2)),
+    Layout((), (2,), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_more_axes(layout):
+    """As matrices and back; what is mended is right for each matrix."""
+    shape = np.zeros(3, int)
+    shape[[*layout.batch]] = 3
+    shape[[*layout.rows]] = 6 if len(layout.rows) == 1 else 3
+    shape[[*layout.columns]] = 4 if len(layout.columns) == 1 else 2
+    n, k = (int(np.prod(shape[[*axes]])) for axes in layout[1:])
+    weight = jnp.zeros(shape)
+    many = layout.matrices(weight).shape[:-2]
+    exact = np.stack([isometry(n, k) for _ in range(3)])[: math.prod(many) or 1]
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(exact.shape)
+    exact = (exact + noise).reshape(*many, n, k)
+    tall = exact if layout.axis else np.swapaxes(exact, -1, -2)
+    weights = [layout.weight(jnp.asarray(tall, jnp.float32), weight)] * 2
+    assert weights[0].shape == weight.shape
+    np.testing.assert_allclose(layout.matrices(weights[0]), tall, rtol=1e-6)
+    (var,) = jax.make_jaxpr(lambda w: w)(weight).jaxpr.invars
+    for found in mended(weights, Claim(var, layout, 1.0, True)):
+        right = layout.matrices(found)
+        right = right if layout.axis else np.swapaxes(right, -1, -2)
+        product = np.swapaxes(exact, -1, -2) @ np.asarray(right, np.float64)
+        np.testing.assert_allclose(
+            product, np.broadcast_to(np.eye(k), product.shape), atol=3e-6
+        )
 
 
 def test_groups_have_every_claim():

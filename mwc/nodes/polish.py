@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +34,66 @@ _PLAIN = MOVES - {"pad"}
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
+class Layout(NamedTuple):
+    """The axes of a weight.
+
+    Attributes:
+      batch: those that count matrices.
+      rows: those that are n of a matrix M, [n, k].
+      columns: those that are k.
+    """
+
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def axis(self) -> int:
+        """Which of the two axes of `matrices` is k: what comes first stays first."""
+        return int(self.rows < self.columns)
+
+    @property
+    def _halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.axis:
+            return self.rows, self.columns
+        return self.columns, self.rows
+
+    def matrices(self, x: Array) -> Array:
+        """A weight, or a stack of weights, as [..., n, k] or [..., k, n]."""
+        lead = x.ndim - sum(map(len, self))
+        order = *self.batch, *self._halves[0], *self._halves[1]
+        turned = _transposed(x, (*range(lead), *(lead + a for a in order)))
+        kept, first = lead + len(self.batch), len(self._halves[0])
+        shape = turned.shape
+        sizes = math.prod(shape[kept : kept + first]), math.prod(shape[kept + first :])
+        return turned.reshape(*shape[:kept], *sizes)
+
+    def weight(self, matrices: Array, like: Array) -> Array:
+        """The inverse: what has the shape of `like`."""
+        lead = like.ndim - sum(map(len, self))
+        order = *self.batch, *self._halves[0], *self._halves[1]
+        order = *range(lead), *(lead + a for a in order)
+        turned = matrices.reshape(*(like.shape[a] for a in order))
+        return _transposed(turned, tuple(map(order.index, range(like.ndim))))
+
+
+def _transposed(x: Array, order: tuple[int, ...]) -> Array:
+    return x if order == (*range(x.ndim),) else jnp.transpose(x, order)
+
+
 @dataclasses.dataclass(frozen=True)
 class Claim:
     """A weight that is claimed to be coisometric, and may be so no longer.
 
     Attributes:
-      var: the weight M among the residuals, [n, k] with `axis` 1, or transposed with 0.
-      axis: that of k.
+      var: the weight M among the residuals.
+      layout: its axes.
       scale: c in M^T M = c I.
       given: whether it is an argument as it is, which costs nothing to look at.
     """
 
     var: Var
-    axis: int
+    layout: Layout
     scale: float
     given: bool = False
 
@@ -56,8 +104,8 @@ class Claim:
         return same and self._kind == other._kind
 
     @property
-    def _kind(self) -> tuple[int, float, bool]:
-        return self.axis, self.scale, self.given
+    def _kind(self) -> tuple[Layout, float, bool]:
+        return self.layout, self.scale, self.given
 
 
 Group = list[tuple[int, Claim]]
@@ -80,22 +128,37 @@ def claim(
     weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in residuals]
     if eqn.primitive.name != "dot_general" or len(weights) != 1:
         return None
-    # A factor beside the weight, or a part of its columns: the claim is not of it.
-    if any(e is not eqn and e.primitive.name not in _PLAIN for e in inverse.link.eqns):
-        return None
+    factor = _factor([e for e in inverse.link.eqns if e is not eqn])
     ((side, v),) = weights
     # What is orthogonal by construction is so no longer once it is rounded.
     exact = inverse.verdict is not Verdict.GENERIC
-    if exact and not is_narrow(residuals[v].aval):
+    if not factor or (exact and not is_narrow(residuals[v].aval)):
         return None
-    contract, batch = eqn.params["dimension_numbers"]
-    real = jnp.issubdtype(v.aval.dtype, jnp.floating)
-    if v.aval.ndim != 2 or len(contract[side]) != 1 or batch[side] or not real:
+    contract, batch = (axes[side] for axes in eqn.params["dimension_numbers"])
+    free = tuple(a for a in range(v.aval.ndim) if a not in (*contract, *batch))
+    if not (free and contract and jnp.issubdtype(v.aval.dtype, jnp.floating)):
         return None
+    layout = Layout(tuple(batch), free, tuple(sorted(contract)))
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
-    return Claim(v, contract[side][0], inverse.scale, given)
+    return Claim(v, layout, inverse.scale / factor**2, given)
+
+
+def _factor(eqns: Sequence[Any]) -> float:
+    """By what a few equations multiply, besides moving numbers; 0 where unknown."""
+    factor = 1.0
+    for eqn in eqns:
+        name, numbers = eqn.primitive.name, [v for v in eqn.invars if not is_var(v)]
+        if name in ("mul", "div") and len(numbers) == 1 and numbers[0] is eqn.invars[1]:
+            number = float(numbers[0].val)
+            factor *= number if name == "mul" else 1 / number if number else 0
+        elif name == "mul" and len(numbers) == 1:
+            factor *= float(numbers[0].val)
+        elif name not in _PLAIN:
+            # A weight beside the weight, or a part of its columns.
+            return 0.0
+    return factor
 
 
 def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
@@ -142,19 +205,19 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
       stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
     """
-    return _gap(list(stacks), of.axis, of.scale)
+    return _gap(list(stacks), of.layout, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _gap(stacks: list[Array], axis: int, scale: float) -> Array:
-    *count, _, _ = stacks[0].shape
-    shape = *count, _ROWS, stacks[0].shape[len(count) + axis]
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape[-2:])
+def _gap(stacks: list[Array], layout: Layout, scale: float) -> Array:
     wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
-    rows = jnp.broadcast_to(jnp.asarray(signs, wide), shape)
+    matrices = [layout.matrices(stack).astype(wide) for stack in stacks]
+    axis, like = layout.axis, matrices[0]
+    shape = _ROWS, like.shape[axis - 2]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape)
+    rows = jnp.broadcast_to(jnp.asarray(signs, wide), (*like.shape[:-2], *shape))
     gaps = []
-    for stack in stacks:
-        m = stack.astype(wide)
+    for m in matrices:
         image = _dot(_dot(rows, 1, m, axis), 1, m, 1 - axis)
         gaps.append(jnp.abs(image - scale * rows))
     return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
@@ -169,24 +232,24 @@ def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
       gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
         not mended: the guard trips.
     """
-    return _polished(stack, gap, of.axis, of.scale)
+    return _polished(stack, gap, of.layout, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _polished(stack: Array, gap: Array, axis: int, scale: float) -> list[Array]:
+def _polished(stack: Array, gap: Array, layout: Layout, scale: float) -> list[Array]:
     # There is a loop of these in the code of every sweep, so few operations, and
     # several weights at once: they are compiled as often. Traced once.
-    m = stack.astype(gap.dtype)
+    m, axis = layout.matrices(stack).astype(gap.dtype), layout.axis
 
     def more(state: tuple[Array, Array]) -> Array:
-        return (state[0] > 0) & _off(gap, m.shape[axis + 1], scale)
+        return (state[0] > 0) & _off(gap, m.shape[axis - 2], scale)
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, r = state
         return left - 1, _step(m, r, axis, scale)
 
     _, r = lax.while_loop(more, step, (jnp.int32(_STEPS), m))
-    made = r.astype(stack.dtype)
+    made = layout.weight(r, stack).astype(stack.dtype)
     return [made[i] for i in range(len(stack))]
 
 
@@ -204,16 +267,16 @@ def redone(
       gap: of `gap_of`.
       again: makes h of another weight.
     """
-    m = weight.astype(gap.dtype)
+    m, axis = of.layout.matrices(weight).astype(gap.dtype), of.layout.axis
 
     def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
         off, _ = state
         r = m
         for _ in range(_STEPS):
-            r = _step(m, r, of.axis, of.scale)
-        return off ^ off, again(r.astype(weight.dtype))
+            r = _step(m, r, axis, of.scale)
+        return off ^ off, again(of.layout.weight(r, weight).astype(weight.dtype))
 
-    off = _off(gap, m.shape[of.axis], of.scale)
+    off = _off(gap, m.shape[axis - 2], of.scale)
     return lax.while_loop(lambda state: state[0], body, (off, h))[1]
 
 
