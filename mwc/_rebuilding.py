@@ -35,7 +35,7 @@ from passes.linearise import Linear, is_inexact
 from passes.residuals import narrowest, packed_bytes
 from passes.sizes import is_symbolic
 from passes.submersion import Inverse, Rule, Submersion, run_error, submersion
-from passes.widen import widened
+from passes.widen import is_narrow, widened
 
 _LONGEST = 128  # stages of a run
 _SHARE = 0.7  # of the tolerance
@@ -99,6 +99,8 @@ class Judge:
             return "several of its maps rest on claims, and the guard sees them as one"
         if wide is not linear and any(_narrow_only(i) for i in found.inverses):
             return "in less than 32 bits operands tie, and users' rules are not called"
+        if wide is not linear and any(_has_rule(eqn) for eqn in graph.eqns):
+            return "its cotangents would be widened, and a custom_vjp may round them"
         if sum(packed_bytes(v) for v in bits) >= nbytes(state):
             return "sweep R would keep as much of it as its state"
         swept = dataclasses.replace(stage, bit_vars=bits, linear=wide)
@@ -145,7 +147,7 @@ class Judge:
         values: dict[Var, Any],
     ) -> _Found:
         wide, found = linear, submersion(linear, names[state], given, values)
-        if found.can_rebuild:
+        if found.can_rebuild and _is_narrow(found):
             wide = widened(linear) or linear
         if wide is not linear:
             found = submersion(wide, names[state], given, values)
@@ -166,6 +168,17 @@ class Judge:
         return narrowest(
             linear.fwd, need, states, lambda e: eqn_flops(e).matrix, at_hand=False
         )
+
+
+def _is_narrow(found: Submersion) -> bool:
+    """Whether the cotangent is rounded to less than 32 bits on its way."""
+    eqns = [e for inverse in found.inverses for e in inverse.link.eqns]
+    path = (found.state, *(v for e in eqns for v in (*e.invars, *e.outvars)))
+    return any(is_narrow(v.aval) for v in path)
+
+
+def _has_rule(eqn: Any) -> bool:
+    return "custom_vjp" in eqn.primitive.name
 
 
 def _narrow_only(inverse: Inverse) -> bool:

@@ -76,7 +76,7 @@ class Sketcher:
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
-    wide = jnp.promote_types(jnp.finfo(h.dtype).dtype, jnp.float32)
+    wide = jnp.float64 if jnp.finfo(h.dtype).bits > 32 else jnp.float32
     (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)

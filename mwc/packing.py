@@ -77,4 +77,5 @@ def _unpack(bits: Array, shape: tuple[Any, ...]) -> Array:
 
 def _places(axis: int, ndim: int) -> np.ndarray:
     """How far each of eight elements is shifted, along the axis after `axis`."""
-    return np.arange(7, -1, -1, dtype=np.uint8).reshape(8, *[1] * (ndim - 1 - axis))
+    places = np.arange(7, -1, -1, dtype=np.uint8)
+    return places.reshape(*[1] * (axis + 1), 8, *[1] * (ndim - 1 - axis))

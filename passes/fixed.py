@@ -25,7 +25,7 @@ import numpy as np
 from passes.apart import apart
 from passes.declared import Fact
 from passes.graph import Graph, Var, evaluate, size
-from passes.probe import rounded
+from passes.probe import rounded, sharp
 from passes.sizes import is_symbolic
 
 _MOST = 2**20  # numbers of an array that is looked up
@@ -105,7 +105,7 @@ def _scale(tall: np.ndarray, dtype: Any) -> float | None:
     scale = float(np.mean(np.sum(image**2, -1)) / np.sum(x**2))
     if not math.isfinite(scale):
         return None
-    scale = rounded(scale, eps)
+    scale = rounded(scale, sharp(eps))
     lost = np.linalg.norm(again - scale * x, axis=-1).max()
     close = max(_CLOSE[0] * eps, _CLOSE[1]) * scale * np.linalg.norm(x)
     return scale if lost < close else None

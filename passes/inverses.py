@@ -19,6 +19,7 @@ import enum
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from passes import _jax
@@ -27,7 +28,7 @@ from passes.flops import eqn_flops
 from passes.graph import Var, is_var, size
 from passes.linearise import Linear
 from passes.links import Link, side_of
-from passes.probe import probe
+from passes.probe import probe, rounded
 
 Eqn = Any
 
@@ -121,12 +122,15 @@ def told(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse | None:
         # Mapped over its weights alone, it is no longer the map that was declared.
         if len(lanes) == len(head.params["lanes"]):
             if rule is None:
-                scale, why = head.params["scale"], "declared coisometric"
+                scale, why = (
+                    _settled(link, head.params["scale"]),
+                    "declared coisometric",
+                )
                 return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
             why = f"{rule.name} has a rule of its own"
             return found(Verdict(rule.verdict), why, Rule.CUSTOM, 1.0, 1.0)
     if len(link.eqns) == 1:
-        scale = _moved(head)
+        scale = moved(head)
         if scale is not None:
             return found(Verdict.STRUCTURAL, name, Rule.TRANSPOSE, scale, 1.0)
     if len(link.eqns) == 1 and head.primitive.name == "dot_general":
@@ -191,7 +195,7 @@ def _name(link: Link) -> str:
     return f"the activation ({_jax.source_line(eqn)})"
 
 
-def _moved(eqn: Eqn) -> float | None:
+def moved(eqn: Eqn) -> float | None:
     """C of an equation that moves numbers, or None."""
     name, params = eqn.primitive.name, eqn.params
     if name == "pad":
@@ -202,6 +206,39 @@ def _moved(eqn: Eqn) -> float | None:
     if name == "reduce_sum":
         return 1.0 if size(eqn.outvars[0]) == size(eqn.invars[0]) else None
     return 1.0 if name in MOVES else None
+
+
+def factor(link: Link) -> float:
+    """What numbers beside the only product of a link multiply by.
+
+    As they are rounded; 0 where anything else is beside it, or part of a matrix.
+    """
+    found = 1.0
+    products = 0
+    for eqn in link.eqns:
+        name, (first, *rest) = eqn.primitive.name, eqn.invars
+        number = rest[0] if rest and not is_var(rest[0]) else first
+        if eqn_flops(eqn).matrix > 0:
+            products += 1
+        elif name in ("mul", "div") and not is_var(number):
+            if np.issubdtype(number.aval.dtype, np.complexfloating):
+                return 0.0
+            value = float(np.asarray(number.val, number.aval.dtype))
+            if (name == "div" and number is first) or not value:
+                return 0.0
+            found *= value if name == "mul" else 1 / value
+        elif name == "pad" or moved(eqn) != 1:
+            return 0.0
+    return found if products <= 1 else 0.0
+
+
+def _settled(link: Link, scale: float) -> float:
+    """The scale that a user declares, where numbers in the program say it better."""
+    beside = factor(link)
+    if not beside:
+        return scale
+    eps = float(jnp.finfo(link.source.aval.dtype).eps)
+    return beside**2 * rounded(scale / beside**2, eps)
 
 
 def _operands(link: Link) -> Iterable[tuple[Eqn, Any]]:

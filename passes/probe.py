@@ -26,9 +26,10 @@ talks to other devices: a map is run on one device, whatever mesh it is for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -136,13 +137,14 @@ def probe(
         def run(made: list[Any], h: Any) -> tuple[Any, ...]:
             env = {**linear.consts, **dict(zip(inputs, made, strict=True))}
             values = run_graph(there, env, atoms)
+            fine = _is_finite(env.values())
             pairs = zip(need, values, strict=True)
             known = linear.consts | {v: astype(x, v) for (_, v), x in pairs}
 
             def pull(h: Any) -> Any:
                 return run_graph(back, {**known, source: h}, [target])[0]
 
-            return _images(pull, h)
+            return *_images(pull, h), fine
 
         # At points each operation is compiled once for all programs, and with arrays
         # that are fixed once for all of these; no need for jit.
@@ -152,8 +154,13 @@ def probe(
             drawn = _Draw(rng, draw, points, steady)
             made = [drawn(v.aval) for v in inputs]
             h = _Draw(rng, 0, points, False)(source.aval)
-            rows.append(look(made, h))
-        return rows, [look([_level(x, at) for x in made], h) for at in _LEVELS]
+            row, fine = look(made, h)
+            rows.append(row)
+            if steady and not fine:
+                # Where large numbers overflow, all elements may take one branch.
+                near = _Draw(rng, draw, points, False)
+                rows.append(look([near(v.aval) for v in inputs], h)[0])
+        return rows, [look([_level(x, at) for x in made], h)[0] for at in _LEVELS]
 
     try:
         rows, level = apart(look_at_all)
@@ -161,7 +168,15 @@ def probe(
         return None  # a kernel of another platform
     except NameError:
         return None  # a collective, whose axis is not there
-    scales, lost, crossed, square, inverse, least = np.array(rows, np.float64).T
+    with np.errstate(all="ignore"):
+        return _judged(np.array(rows, np.float64), level, source, steady)
+
+
+def _judged(
+    rows: np.ndarray, level: list[list[float]], source: Var, steady: bool
+) -> Probed:
+    """What was seen of a map on several draws, and where all numbers are one."""
+    scales, lost, crossed, square, inverse, least = rows.T
     scale = float(scales[0])
     eps = float(jnp.finfo(source.aval.dtype).eps)
     close = max((64 if eps < 1e-4 else 8) * eps, 1e-12)
@@ -174,7 +189,7 @@ def probe(
     zeros = bool(np.min(least) == 0) or flat
     growth = math.inf if zeros else math.sqrt(np.mean(square) * np.mean(inverse))
     return Probed(
-        scale=rounded(scale, eps) if known else None,
+        scale=rounded(scale, sharp(eps) if steady else eps) if known else None,
         diagonal=diagonal,
         zeros=zeros,
         amplification=growth,
@@ -195,18 +210,28 @@ class _Look:
     def __init__(self, run: Callable[..., Any]):
         self._run = run
 
-    def __call__(self, made: list[Any], h: Any) -> list[float]:
+    def __call__(self, made: list[Any], h: Any) -> tuple[list[float], bool]:
         # By NumPy, to which these are no programs to compile, and in double precision:
         # a scale is used again in every stage of a run.
-        arrays = [np.asarray(x) for x in (h, *self._run(made, h))]
+        *arrays, fine = [np.asarray(x) for x in (h, *self._run(made, h))]
         wide = np.complex128 if any(map(np.iscomplexobj, arrays)) else np.float64
         with np.errstate(all="ignore"):
-            return _seen(*(x.astype(wide) for x in arrays))
+            return _seen(*(x.astype(wide) for x in arrays)), bool(fine)
+
+
+def _is_finite(values: Iterable[Any]) -> Any:
+    """Whether no number among some values has overflowed."""
+    fine = [jnp.isfinite(x).all() for x in values if _is_inexact(x)]
+    return functools.reduce(jnp.logical_and, fine, jnp.array(True))
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, np.inexact)
 
 
 def _level(x: Any, at: float) -> Any:
     """An array in which everything ties."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if not _is_inexact(x):
         return x
     return jnp.asarray(np.full(x.shape, at, x.dtype))
 
@@ -229,6 +254,15 @@ def _seen(h: Any, out: Any, again: Any, ones: Any) -> list[float]:
     square = np.abs(ones) ** 2
     moments = square.mean(), (1 / square).mean(), square.min()
     return [scale, lost, apart, *map(float, moments)]
+
+
+def sharp(eps: float) -> float:
+    """`eps` of `rounded` for what rests on constants: they are as they are.
+
+    A number that was rounded may be near a ratio, and each stage would be off by what
+    is between them.
+    """
+    return max(eps / 16, 1e-13)
 
 
 def rounded(scale: float, eps: float) -> float:
@@ -277,7 +311,7 @@ def _rank(atom: Any) -> int:
 
 def _at_points(graph: Graph, env: dict[Var, Any], outputs: Sequence[Any]) -> list[Any]:
     """`evaluate` with every array replaced by a vector of independent elements."""
-    env = {v: _spread(x) if _rank(v) else x for v, x in env.items()}
+    env.update({v: _spread(x) for v, x in env.items() if _rank(v)})
     for i in graph.needed(outputs, env):
         eqn = graph.eqns[i]
         values = [read(env, v) for v in eqn.invars]

@@ -22,6 +22,8 @@ from passes import _jax
 from passes.graph import Graph, evaluate, read
 from passes.linearise import Linear, hoisted
 
+# What they do depends on the type of their operands.
+_TYPED = {"bitcast_convert_type", "ffi_call", "io_callback", "pure_callback"}
 _DTYPES = ("new_dtype", "preferred_element_type", "dtype")
 
 
@@ -79,6 +81,8 @@ def _wide_eqn(eqn: Any) -> Any:
     ends = (*eqn.invars, *eqn.outvars)
     if not any(is_narrow(v.aval) for v in ends):
         return eqn
+    if eqn.primitive.name in _TYPED:
+        raise TypeError(f"{eqn.primitive} of less than 32 bits")
     params = dict(eqn.params)
     for key in _DTYPES:
         dtype = params.get(key)

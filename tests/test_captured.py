@@ -162,6 +162,23 @@ def test_stages_alike_share_their_code():
     assert lines(16) - lines(12) < 4 * 20
 
 
+def test_slopes_that_are_not_finite():
+    """No warning while they are looked at, and JAX's gradient."""
+    slopes = np.array([1.0, np.inf, 1, 1, np.nan, 1])
+    loss = deep(lambda x, i: x * slopes)
+    ours = moonwalk_compile(loss, strategies=FORCED)
+    assert not any(r.strategy == "moonwalk" for r in ours.plan(*arguments()).stages)
+
+
+def test_strict_settings():
+    args = arguments()
+    loss = deep(lambda x, i: x * SIGNS[i][None])
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        mine = jax.jit(jax.grad(moonwalk_compile(loss, strategies=FORCED)))(*args)
+    for a, b in zip(mine, jax.grad(loss)(*args), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_matrix_of_less_precision():
     """What is orthonormal in float32 is not so in float64: it is no longer known."""
     turn = isometry(WIDTH, WIDTH).astype(np.float32)

@@ -96,3 +96,38 @@ def test_narrow_states_that_tie():
     args = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (layers(8), data()))
     plan = moonwalk_compile(chain("max-min"), strategies=FORCED).plan(*args)
     assert rows(plan) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("where", ["parameter", "state"])
+def test_a_rule_that_rounds_its_cotangent(dtype, where):
+    """What a custom_vjp rounds is rounded: it is the user's gradient."""
+
+    @jax.custom_vjp
+    def rounds(x):
+        return x
+
+    def bwd(_, ct):
+        return (ct.astype(jnp.float8_e4m3fn).astype(ct.dtype),)
+
+    rounds.defvjp(lambda x: (x, None), bwd)
+    draw = np.random.default_rng(0)
+    maps = [np.linalg.qr(draw.standard_normal((16, 16)))[0] for _ in range(6)]
+    biases = draw.standard_normal((6, 16))
+
+    def loss(params, x):
+        for w, b in zip(*params, strict=True):
+            h = layer(x, w)
+            x = jnp.abs(rounds(h + b) if where == "state" else h + rounds(b))
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+
+    params = [jnp.asarray(w, dtype) for w in maps], jnp.asarray(biases, dtype)
+    x = jnp.asarray(draw.standard_normal((8, 16)), dtype)
+    ours = moonwalk_compile(loss, strategies=FORCED)
+    kinds = [row.strategy for row in ours.plan(params, x).stages]
+    rebuilt = kinds.count("moonwalk")
+    assert (rebuilt > 3) == (dtype == jnp.float32 and where == "parameter")
+    found, true = (jax.jit(jax.grad(f))(params, x) for f in (ours, loss))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+        a, b = np.float64(a), np.float64(b)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)

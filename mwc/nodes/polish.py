@@ -23,14 +23,13 @@ from jax import lax
 
 from passes.flops import eqn_flops
 from passes.graph import Var, is_var, nbytes
-from passes.inverses import MOVES, Inverse, Rule, Verdict
+from passes.inverses import Inverse, Rule, Verdict, factor
 from passes.widen import is_narrow
 
 Array = Any
 
 _STEPS, _ROWS = 3, 4
 _CHECKED = 8  # weights that are checked at once
-_PLAIN = MOVES - {"pad"}
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
@@ -128,11 +127,11 @@ def claim(
     weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in residuals]
     if eqn.primitive.name != "dot_general" or len(weights) != 1:
         return None
-    factor = _factor([e for e in inverse.link.eqns if e is not eqn])
     ((side, v),) = weights
     # What is orthogonal by construction is so no longer once it is rounded.
     exact = inverse.verdict is not Verdict.GENERIC
-    if not factor or (exact and not is_narrow(residuals[v].aval)):
+    beside = factor(inverse.link)
+    if not beside or (exact and not is_narrow(residuals[v].aval)):
         return None
     contract, batch = (axes[side] for axes in eqn.params["dimension_numbers"])
     free = tuple(a for a in range(v.aval.ndim) if a not in (*contract, *batch))
@@ -142,23 +141,7 @@ def claim(
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
-    return Claim(v, layout, inverse.scale / factor**2, given)
-
-
-def _factor(eqns: Sequence[Any]) -> float:
-    """By what a few equations multiply, besides moving numbers; 0 where unknown."""
-    factor = 1.0
-    for eqn in eqns:
-        name, numbers = eqn.primitive.name, [v for v in eqn.invars if not is_var(v)]
-        if name in ("mul", "div") and len(numbers) == 1 and numbers[0] is eqn.invars[1]:
-            number = float(numbers[0].val)
-            factor *= number if name == "mul" else 1 / number if number else 0
-        elif name == "mul" and len(numbers) == 1:
-            factor *= float(numbers[0].val)
-        elif name not in _PLAIN:
-            # A weight beside the weight, or a part of its columns.
-            return 0.0
-    return factor
+    return Claim(v, layout, inverse.scale / beside**2, given)
 
 
 def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
@@ -210,7 +193,7 @@ def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _gap(stacks: list[Array], layout: Layout, scale: float) -> Array:
-    wide = jnp.promote_types(stacks[0].dtype, jnp.float32)
+    wide = jnp.float64 if jnp.finfo(stacks[0].dtype).bits > 32 else jnp.float32
     matrices = [layout.matrices(stack).astype(wide) for stack in stacks]
     axis, like = layout.axis, matrices[0]
     shape = _ROWS, like.shape[axis - 2]

@@ -88,6 +88,16 @@ def test_orthonormal_matrices(shape, scale):
     assert fact.scale == pytest.approx(scale, rel=1e-6)
 
 
+def test_scales_are_not_rounded_away():
+    """What a number is rounded to is near a ratio, and not it."""
+    scale = np.float64(np.float32(np.sqrt(15 / 8))) ** 2
+    exact = np.eye(4, dtype=np.float32)[[1, 0, 3, 2]]
+    assert fact_of(exact * np.float32(np.sqrt(15 / 8))).scale == pytest.approx(
+        scale, rel=1e-12
+    )
+    assert fact_of(exact).scale == 1
+
+
 def test_in_double_precision(x64):
     """A factorisation in float64 is off by more units in the last place."""
     assert fact_of(isometry(64, 64)) is not None

@@ -100,3 +100,18 @@ def test_under_a_trace():
 
 def test_numbers_of_nothing():
     assert probed(jnp.abs, normal(0, 3)).scale == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_overflows_does_not_hide_a_branch():
+    """Products of large numbers in float16: all are NaN, and none is positive."""
+    draw = np.random.default_rng(0)
+    x, q = (jnp.asarray(draw.standard_normal(s), jnp.float16) for s in ((4, 8), (8, 8)))
+
+    def stage(x, q):
+        return jax.nn.leaky_relu(x + (q.sum(0) @ q) @ q, 0.5)
+
+    seen = probed(stage, x, q)
+    assert seen.scale is None
+    assert seen.diagonal
+    assert seen.steady
