@@ -122,10 +122,8 @@ def told(linear: Linear, link: Link, given: dict[Var, Fact]) -> Inverse | None:
         # Mapped over its weights alone, it is no longer the map that was declared.
         if len(lanes) == len(head.params["lanes"]):
             if rule is None:
-                scale, why = (
-                    _settled(link, head.params["scale"]),
-                    "declared coisometric",
-                )
+                scale = _settled(link, head.params["scale"])
+                why = "declared coisometric"
                 return found(Verdict.GENERIC, why, Rule.TRANSPOSE, scale, 1.0)
             why = f"{rule.name} has a rule of its own"
             return found(Verdict(rule.verdict), why, Rule.CUSTOM, 1.0, 1.0)

@@ -11,8 +11,9 @@ hold to rounding, or fail by far (these are polynomial identities in h, so a ran
 that satisfies one by chance has probability zero). Residuals come from running the
 stage's own forward on random inputs, which meets every branch of a kink many times:
 where only branches matter, large and small numbers are drawn, for a threshold may be
-anywhere; single numbers, counts and keys differ from draw to draw. All zeros, as in
-rows that pad a batch, are looked at besides: a kink may be flat there.
+anywhere (and near ones besides, where large ones overflow); single numbers, counts and
+keys differ from draw to draw. All zeros, as in rows that pad a batch, are looked at
+besides: a kink may be flat there.
 What is found is *steady* if it rests on nothing but constants and on which branch was
 taken, so that it holds for every parameter and every input; slopes that depend on
 values do not. Where every operation is elementwise, a few thousand independent elements
