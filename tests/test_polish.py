@@ -55,7 +55,7 @@ def test_exact_weights_stay():
 
 def test_what_is_far_off_is_left_to_the_guard():
     for fill in (0, np.nan):
-        (found,) = mended([jnp.full((5, 4), fill)], a_claim(5, 4))
+        (found,) = mended([jnp.full((5, 4), fill, jnp.float32)], a_claim(5, 4))
         np.testing.assert_array_equal(found, fill)
     moved = isometry(5, 4) + 1e-3
     far, near = mended([3 * jnp.ones((5, 4)), jnp.asarray(moved)], a_claim(5, 4))
