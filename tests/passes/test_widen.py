@@ -84,3 +84,19 @@ def test_what_is_gathered():
     wider = [x.astype(jnp.float32) for x in args]
     for one, true in zip(found, jax.vjp(stage, *wider)[1](ct), strict=True):
         np.testing.assert_allclose(one, true, rtol=1e-6, atol=1e-6)
+
+
+def test_what_depends_on_types_is_not_widened():
+    """A callback gets the type that its user wrote it for."""
+
+    @jax.custom_vjp
+    def same(h):
+        return h
+
+    def bwd(_, ct):
+        like = jax.ShapeDtypeStruct(ct.shape, jnp.float32)
+        return (jax.pure_callback(np.float32, like, ct).astype(ct.dtype),)
+
+    same.defvjp(lambda h: (h, None), bwd)
+    (h, _) = arrays(jnp.bfloat16)
+    assert widened(linear_of(same, h)) is None
