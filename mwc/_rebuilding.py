@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,8 +92,7 @@ class Judge:
             return "it has effects"
         (state,), result = states, results[0]
         names = dict(zip(graph.invars, linear.fwd.invars, strict=True))
-        given = {f: self._known[v] for v, f in names.items() if v in self._known}
-        wide, found, bits = self._judged(graph, linear, names, state, given)
+        wide, found, bits = self._judged(stage, names, names[state])
         if not found.can_rebuild:
             return f"{found.verdict.value}: {found.reason}"
         if sum(inverse.claimed for inverse in found.inverses) > 1:
@@ -106,52 +106,48 @@ class Judge:
         swept = dataclasses.replace(stage, bit_vars=bits, linear=wide)
         return Rebuilt(swept, found, state, result)
 
-    def _judged(
-        self,
-        graph: Graph,
-        linear: Linear,
-        names: Mapping[Var, Var],
-        state: Var,
-        given: dict[Var, Fact],
-    ) -> _Found:
-        key = id(linear), tuple(sorted((str(f), str(x)) for f, x in given.items()))
+    def _judged(self, stage: Straight, names: Mapping[Var, Var], state: Var) -> _Found:
+        given = {f: self._known[v] for v, f in names.items() if v in self._known}
+        same = id(stage.linear)
+        key = same, tuple(sorted((str(f), str(x)) for f, x in given.items()))
+        look = functools.partial(self._seen, stage, names, state, given)
         if key not in self._found:
-            self._found[key] = self._seen(graph, linear, names, state, given, {})
+            self._found[key] = look({})
         found = self._found[key]
-        if found.submersion.can_rebuild or self._failed[id(linear)] >= _TRIES:
+        if found.submersion.can_rebuild or self._failed[same] >= _TRIES:
             return found
         # Only now: what is looked at is looked at anew for each array.
-        fixed = {} if self._fixed is None else self._fixed(graph.invars)
+        fixed = {} if self._fixed is None else self._fixed(names)
         if not fixed:
             return found
         values = {names[v]: x for v, x in fixed.items()}
         key = *key, tuple((str(f), id(x)) for f, x in values.items())
         if key not in self._found:
-            again = self._seen(graph, linear, names, state, given, values)
+            again = look(values)
             can = again.submersion.can_rebuild
-            self._failed[id(linear)] += not can
+            self._failed[same] += not can
             ways = tuple(i.way for i in again.submersion.inverses)
             # With the same inverses it is the same step, whatever the values.
             self._found[key] = (
-                self._alike.setdefault((id(linear), ways), again) if can else found
+                self._alike.setdefault((same, ways), again) if can else found
             )
         return self._found[key]
 
     def _seen(
         self,
-        graph: Graph,
-        linear: Linear,
+        stage: Straight,
         names: Mapping[Var, Var],
         state: Var,
         given: dict[Var, Fact],
         values: dict[Var, Any],
     ) -> _Found:
-        wide, found = linear, submersion(linear, names[state], given, values)
+        linear = wide = stage.linear
+        found = submersion(linear, state, given, values)
         if found.can_rebuild and _is_narrow(found):
             wide = widened(linear) or linear
         if wide is not linear:
-            found = submersion(wide, names[state], given, values)
-        bits = self._bits(graph, wide, names) if found.can_rebuild else ()
+            found = submersion(wide, state, given, values)
+        bits = self._bits(stage.graph, wide, names) if found.can_rebuild else ()
         return _Found(wide, found, bits)
 
     def _bits(
@@ -178,7 +174,9 @@ def _is_narrow(found: Submersion) -> bool:
 
 
 def _has_rule(eqn: Any) -> bool:
-    return "custom_vjp" in eqn.primitive.name
+    """Whether a user's backward is in an equation, or in a program inside of it."""
+    inner = (e for body in _jax.sub_jaxprs(eqn) for e in body.eqns)
+    return "custom_vjp" in eqn.primitive.name or any(map(_has_rule, inner))
 
 
 def _narrow_only(inverse: Inverse) -> bool:

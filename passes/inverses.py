@@ -233,7 +233,7 @@ def factor(link: Link) -> float:
 def _settled(link: Link, scale: float) -> float:
     """The scale that a user declares, where numbers in the program say it better."""
     beside = factor(link)
-    if not beside:
+    if beside in (0, 1):
         return scale
     eps = float(jnp.finfo(link.source.aval.dtype).eps)
     return beside**2 * rounded(scale / beside**2, eps)

@@ -51,7 +51,7 @@ def deep(layer):
 
 @pytest.mark.parametrize("kind", REBUILT)
 def test_layers_with_captured_arrays(kind):
-    assert check(deep(REBUILT[kind]), *arguments(), also=(None,)) >= DEPTH - 2
+    assert check(deep(REBUILT[kind]), *arguments()) >= DEPTH - 2
 
 
 LEFT = {
@@ -64,7 +64,7 @@ LEFT = {
 
 @pytest.mark.parametrize("kind", LEFT)
 def test_layers_that_are_not_rebuilt(kind):
-    assert check(deep(LEFT[kind]), *arguments(), also=(None,)) == 0
+    assert check(deep(LEFT[kind]), *arguments()) == 0
 
 
 def test_one_layer_of_many_is_not_a_permutation():
@@ -163,7 +163,7 @@ def test_stages_alike_share_their_code():
 
 
 def test_slopes_that_are_not_finite():
-    """No warning while they are looked at, and JAX's gradient."""
+    """They are looked at without a warning, and not rebuilt."""
     slopes = np.array([1.0, np.inf, 1, 1, np.nan, 1])
     loss = deep(lambda x, i: x * slopes)
     ours = moonwalk_compile(loss, strategies=FORCED)

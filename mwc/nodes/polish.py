@@ -57,11 +57,15 @@ class Layout(NamedTuple):
             return self.rows, self.columns
         return self.columns, self.rows
 
+    def _order(self, lead: int) -> tuple[int, ...]:
+        """The axes as `matrices` has them, `lead` others before them."""
+        own = *self.batch, *self._halves[0], *self._halves[1]
+        return *range(lead), *(lead + a for a in own)
+
     def matrices(self, x: Array) -> Array:
         """A weight, or a stack of weights, as [..., n, k] or [..., k, n]."""
         lead = x.ndim - sum(map(len, self))
-        order = *self.batch, *self._halves[0], *self._halves[1]
-        turned = _transposed(x, (*range(lead), *(lead + a for a in order)))
+        turned = _transposed(x, self._order(lead))
         kept, first = lead + len(self.batch), len(self._halves[0])
         shape = turned.shape
         sizes = math.prod(shape[kept : kept + first]), math.prod(shape[kept + first :])
@@ -69,9 +73,7 @@ class Layout(NamedTuple):
 
     def weight(self, matrices: Array, like: Array) -> Array:
         """The inverse: what has the shape of `like`."""
-        lead = like.ndim - sum(map(len, self))
-        order = *self.batch, *self._halves[0], *self._halves[1]
-        order = *range(lead), *(lead + a for a in order)
+        order = self._order(like.ndim - sum(map(len, self)))
         turned = matrices.reshape(*(like.shape[a] for a in order))
         return _transposed(turned, tuple(map(order.index, range(like.ndim))))
 
