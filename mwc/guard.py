@@ -45,6 +45,7 @@ Array = Any
 
 _FEW, _BUCKETS, _LONG, _SUMS = 64, 16, 256, 1024
 _FEATURES = 8  # at least, of a row of several axes
+_WHOLE = 32  # a longer axis a compiler for CPUs sums up in two kernels
 _VANISHED = 1e5  # smallest numbers: more than all squares of a sketch that vanish
 
 
@@ -68,7 +69,7 @@ class Sketcher:
     rows: int
 
     def __call__(self, h: Array) -> Array:
-        """The sketch, [buckets, groups], in float32 or float64."""
+        """The sketch, [buckets, ...], in float32 or float64."""
         count, features = _flat(h, self.rows)
         signs = self.signs[_buckets(count), features]
         return _sketch(h, signs, self.weights, self.rows)
@@ -77,7 +78,7 @@ class Sketcher:
 @functools.partial(jax.jit, static_argnames="rows")
 def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     wide = jnp.float64 if jnp.finfo(h.dtype).bits > 32 else jnp.float32
-    (count, features), (kept, groups) = _flat(h, rows), sketch_shape(h, rows)
+    (count, features), (kept, *axes) = _flat(h, rows), sketch_shape(h, rows)
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)
     flat = h.reshape(count, features).astype(wide)
@@ -92,14 +93,16 @@ def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
         rest = flat[whole:]
         summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
     signed = summed * signs.astype(wide)
+    groups = math.prod(axes)
     size = -(-features // groups)
     if short := groups * size - features:
         signed = jnp.pad(signed, ((0, 0), (0, short)))
-    return signed.reshape(-1, kept, groups, size).sum((0, 3))
+    axes = [groups] if _jax.is_split(signed) else axes
+    return signed.reshape(-1, kept, *axes, size).sum((0, -1))
 
 
-def sketch_shape(ct: Any, rows: int) -> tuple[int, int]:
-    """Buckets of rows, if they are kept, and groups of features of a sketch.
+def sketch_shape(ct: Any, rows: int) -> tuple[int, ...]:
+    """Buckets of rows, if they are kept, and groups of features, in short axes.
 
     Args:
       ct: the cotangent, or what has its shape and dtype.
@@ -107,10 +110,18 @@ def sketch_shape(ct: Any, rows: int) -> tuple[int, int]:
     """
     count, features = _flat(ct, rows)
     kept = min(_BUCKETS, count) if features < _FEW else 1
-    return kept, min(_SUMS, features)
+    return kept, *_short(min(_SUMS, features))
 
 
-def planned_shape(ct: Var, kept: int) -> tuple[int, int]:
+def _short(size: int) -> list[int]:
+    """Axes of so many entries, none too long if that can be."""
+    if size <= _WHOLE:
+        return [size]
+    axis = next((n for n in range(_WHOLE, 1, -1) if size % n == 0), size)
+    return [axis, *_short(size // axis)] if axis < size else [size]
+
+
+def planned_shape(ct: Var, kept: int) -> tuple[int, ...]:
     """`sketch_shape` of a variable by itself."""
     return sketch_shape(ct.aval, row_axes([ct.aval], kept))
 
