@@ -183,6 +183,15 @@ def blocks(h):
     return h.reshape(*h.shape[:2], HEADS, SIZE)
 
 
+def windows(h, w, spec="WIO"):
+    """A convolution of windows side by side."""
+    numbers = ("NWC", spec, "NWC")
+    step = w.shape[spec.index("W")]
+    return jax.lax.conv_general_dilated(
+        h, w, (step,), "VALID", dimension_numbers=numbers
+    )
+
+
 # Orthogonal matrices, the weight that they are as, and a map that it makes coisometric.
 MAPS = {
     "transposed": ((8, 8), (8, 8), lambda h, w: h @ w.T),
@@ -208,20 +217,28 @@ MAPS = {
         (TOKENS, TOKENS),
         lambda h, w: jnp.einsum("btd,ts->bsd", h, w),
     ),
+    "convolution": ((8, 8), (1, 8, 8), windows),
+    "its other way round": ((8, 8), (8, 8, 1), lambda h, w: windows(h, w, "OIW")),
+    "windows": (
+        (8, 8),
+        (2, 4, 8),
+        lambda h, w: windows(h.reshape(len(h), 2 * TOKENS, 4), w),
+    ),
 }
 
 
 @pytest.mark.usefixtures("x64", "quick")
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("off", [0.0, 1e-3])
-def test_weights_of_all_shapes_are_mended(name, off):
-    """Gradients of weights that were moved are exact, not NaN."""
+@pytest.mark.parametrize("rows", [5, 20])
+def test_weights_of_all_shapes_are_mended(name, off, rows):
+    """Gradients of weights that were moved are exact, not NaN, many rows or few."""
     matrices, shape, fun = MAPS[name]
     layer, draw = coisometric(fun), np.random.default_rng(0)
     exact = [np.linalg.qr(draw.standard_normal(matrices))[0] for _ in range(4)]
     moved = [w + off * draw.standard_normal(matrices) for w in exact]
     weights = [jnp.asarray(w.reshape(shape)) for w in moved]
-    x = jnp.asarray(draw.standard_normal((5, TOKENS, 8)))
+    x = jnp.asarray(draw.standard_normal((rows, TOKENS, 8)))
 
     def loss(weights, x):
         for w in weights:

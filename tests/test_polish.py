@@ -1,5 +1,6 @@
 """Polish: weights that have moved a little get right inverses, others stay."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mwc.nodes.polish import Claim, Layout, batches, gap_of, polished, redone, together
+from mwc.nodes.polish import (
+    Claim,
+    Layout,
+    batches,
+    gap_of,
+    polished,
+    refined,
+    times_of,
+    together,
+)
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -24,12 +34,17 @@ def mended(weights, of):
     found = polished(stack, of, gap_of([stack], of))
     again = polished(stack, of, gap_of([w[None] for w in weights], of))
     np.testing.assert_array_equal(found, again)
-    # What is redone reads the very same weights, one by one.
-    gap = gap_of([stack], of)
-    for weight, one in zip(weights, found, strict=True):
-        alone = redone(weight, weight, of, gap, lambda w: w)
-        np.testing.assert_allclose(alone, one, rtol=1e-6, atol=1e-6)
     return found
+
+
+def refinements(weights, of, h_in):
+    """What each weight M makes of h_in, refined; all are checked at once."""
+    times = times_of(list(weights), of)
+    found = []
+    for m in weights:
+        pull, push = functools.partial(jnp.matmul, m), lambda h, m=m: m.T @ h / of.scale
+        found.append(refined(push(h_in), h_in, times, pull, push))
+    return int(times), found
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -45,6 +60,31 @@ def test_newton_steps(axis, scale):
     for weight, found in zip(moved, made, strict=True):
         right = np.asarray(found if axis else found.T, np.float64) / scale
         np.testing.assert_allclose(weight.T @ right, np.eye(k), atol=3e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("size", [0, 1e-6, 1e-4, 1e-2])
+def test_refined(size, scale):
+    """As little work as the error needs, and h J is what it was."""
+    n, k = 12, 7
+    draw = np.random.default_rng(0)
+    moved = isometry(n, k) + size * draw.standard_normal((3, n, k))
+    weights = jnp.asarray(np.sqrt(scale) * np.swapaxes(moved, 1, 2), jnp.float32)
+    h_in = jnp.asarray(draw.standard_normal((k, 5)), jnp.float32)
+    times, found = refinements(weights, a_claim(k, n, axis=0, scale=scale), h_in)
+    assert times == 0 if size == 0 else 1 <= times <= 7
+    assert times <= 2 or size > 1e-6
+    for weight, h in zip(np.asarray(weights, np.float64), found, strict=True):
+        np.testing.assert_allclose(weight @ h, h_in, atol=3e-6)
+
+
+def test_refined_leaves_what_is_far_off():
+    h_in = jnp.ones((4, 2))
+    for fill in (0, np.nan, 3):
+        weight = jnp.full((4, 5), fill, jnp.float32)
+        times, (h,) = refinements([weight], a_claim(4, 5, axis=0), h_in)
+        assert times <= 7
+        assert not np.max(np.abs(weight @ h - h_in)) < 0.5
 
 
 def test_exact_weights_stay():

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import after, barrier, relay, tie
-from mwc.nodes.polish import Group, batches, gap_of, polished, together
+from mwc.nodes.polish import Group, batches, gap_of, polished, times_of, together
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
@@ -233,13 +233,13 @@ class Moonwalk(Whole):
             saved[at] = waited
         return saved[at] if place is None else [x[place] for x in saved[at]]
 
-    def _gap(self, batch: Sequence[Group], values: Values) -> Array | None:
-        """How far weights are off that are arguments, one in each group."""
+    def _times(self, batch: Sequence[Group], values: Values) -> Array | None:
+        """`times_of` weights that are arguments, one in each group."""
         of = batch[0][0][1]
         if len(batch[0]) > 1 or not of.given:
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return gap_of([values[v] for v in given], of)
+        return times_of([values[v] for v in given], of)
 
     def _polish(
         self,
@@ -314,9 +314,9 @@ class Moonwalk(Whole):
         most = int(_POLISHED * nbytes(stages[0].state))
         turns: dict[int, list[tuple[Group, Array | None]]] = {}
         for batch in batches(together([one.claims for one in stages], most)):
-            gap = self._gap(batch, values)
+            often = self._times(batch, values)
             for group in batch:
-                turns.setdefault(group[0][0], []).append((group, gap))
+                turns.setdefault(group[0][0], []).append((group, often))
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
@@ -329,10 +329,10 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
-            gaps: Values = {}
-            for group, gap in turns.get(i, []):
+            times: Values = {}
+            for group, often in turns.get(i, []):
                 if len(group) == 1:
-                    gaps |= {} if gap is None else {group[0][1].var: gap}
+                    times |= {} if often is None else {group[0][1].var: often}
                     continue
                 for j, made in self._polish(group, h, values, saved).items():
                     weights[j] = weights.get(j, {}) | made
@@ -342,7 +342,7 @@ class Moonwalk(Whole):
             at = Inputs(
                 *(inputs_of(one, given), bits, h, ties[i]),
                 [polished.get(of.var) for of in one.claims],
-                [gaps.get(of.var) for of in one.claims],
+                [times.get(of.var) for of in one.claims],
             )
             asked = tuple(v in wanted for v in one.stage.graph.invars)
             more = i + 1 < len(stages)

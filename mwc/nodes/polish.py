@@ -4,8 +4,9 @@ A declared weight M, [n, k] with M^T M = c I, has the right inverse M / c. Once 
 optimizer has moved it, R = M / c is off by E = M^T R - I, and Newton steps
 R <- R (2 I - M^T R) square E each: three serve |E| up to 5e-2. They cost n^3, nothing
 per sample, and none is made for an exact weight: four random rows tell.
-Source: DESIGN section 2. Limits: a map with one product by a matrix; others rely on the
-claim alone. What the steps cannot mend is seen by the guard.
+Source: DESIGN section 2. Limits: a map with one product by a matrix, as a convolution
+of windows side by side is too; others rely on the claim alone. What the steps cannot
+mend is seen by the guard.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import numpy as np
 from jax import lax
 
 from passes.flops import eqn_flops
-from passes.graph import Var, is_var, nbytes
+from passes.graph import Eqn, Var, is_var, nbytes
 from passes.inverses import Inverse, Rule, Verdict, factor
 from passes.widen import is_narrow
 
 Array = Any
 
 _STEPS, _ROWS = 3, 4
+_MOST = 2**_STEPS - 1  # refinements, which do as much
 _CHECKED = 8  # weights that are checked at once
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
@@ -113,37 +115,60 @@ Group = list[tuple[int, Claim]]
 
 
 def claim(
-    inverse: Inverse, residuals: Mapping[Var, Any], inputs: Collection[Var]
+    inverse: Inverse,
+    residuals: Mapping[Var, Any],
+    plain: Mapping[Var, Var],
+    inputs: Collection[Var],
 ) -> Claim | None:
     """The weight on whose claim a link is inverted; None where there is none to polish.
 
     Args:
       inverse: of the link.
       residuals: what the backward reads of the stage, as the forward makes it.
+      plain: what is one of these with its entries in another order.
       inputs: of the stage.
     """
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if inverse.rule is not Rule.TRANSPOSE or len(products) != 1:
         return None
     (eqn,) = products
-    weights = [(n, v) for n, v in enumerate(eqn.invars) if is_var(v) and v in residuals]
-    if eqn.primitive.name != "dot_general" or len(weights) != 1:
+    read = ((n, plain.get(v, v)) for n, v in enumerate(eqn.invars) if is_var(v))
+    weights = [(n, v) for n, v in read if v in residuals]
+    if len(weights) != 1:
         return None
     ((side, v),) = weights
+    layout = _layout(eqn, side, v)
     # What is orthogonal by construction is so no longer once it is rounded.
     exact = inverse.verdict is not Verdict.GENERIC
     beside = factor(inverse.link)
     if not beside or (exact and not is_narrow(residuals[v].aval)):
         return None
-    contract, batch = (axes[side] for axes in eqn.params["dimension_numbers"])
-    free = tuple(a for a in range(v.aval.ndim) if a not in (*contract, *batch))
-    if not (free and contract and jnp.issubdtype(v.aval.dtype, jnp.floating)):
+    if layout is None or not jnp.issubdtype(v.aval.dtype, jnp.floating):
         return None
-    layout = Layout(tuple(batch), free, tuple(sorted(contract)))
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
     return Claim(v, layout, inverse.scale / beside**2, given)
+
+
+def _layout(eqn: Eqn, side: int, weight: Var) -> Layout | None:
+    """The axes of an operand of a product; None where it is no matrix."""
+    shape, params = weight.aval.shape, eqn.params
+    if eqn.primitive.name == "dot_general":
+        contract, batch = (axes[side] for axes in params["dimension_numbers"])
+        free = tuple(a for a in range(len(shape)) if a not in (*contract, *batch))
+        layout = Layout(tuple(batch), free, tuple(sorted(contract)))
+        return layout if free and contract else None
+    if eqn.primitive.name != "conv_general_dilated" or side != 1:
+        return None
+    # Of a backward: windows that are as far apart as they are long, or farther.
+    out, into, *window = params["dimension_numbers"].rhs_spec
+    groups = params["feature_group_count"], params["batch_group_count"]
+    pairs = zip(window, params["lhs_dilation"], params["rhs_dilation"], strict=True)
+    apart = all(shape[a] <= far and (shape[a] == 1 or n == 1) for a, far, n in pairs)
+    if groups != (1, 1) or not apart:
+        return None
+    return Layout((), (out, *window), (into,))
 
 
 def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
@@ -238,31 +263,54 @@ def _polished(stack: Array, gap: Array, layout: Layout, scale: float) -> list[Ar
     return [made[i] for i in range(len(stack))]
 
 
-def redone(
-    h: Array, weight: Array, of: Claim, gap: Array, again: Callable[[Array], Array]
-) -> Array:
-    """What a weight alone made, made again of its right inverse if it is off.
-
-    Unlike `polished` it copies no weight where nothing is to be done.
+def times_of(weights: Sequence[Array], of: Claim) -> Array:
+    """How often `refined` refines what weights alike make; 0 where none is off.
 
     Args:
-      h: what was made of the weight.
-      weight: as it is.
-      of: its claim.
-      gap: of `gap_of`.
-      again: makes h of another weight.
+      weights: all of one shape.
+      of: the claim of each.
     """
-    m, axis = of.layout.matrices(weight).astype(gap.dtype), of.layout.axis
+    count = math.prod(of.var.aval.shape[a] for a in of.layout.columns)
+    return _times(gap_of(weights, of), count, of.scale)
 
-    def body(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        off, _ = state
-        r = m
-        for _ in range(_STEPS):
-            r = _step(m, r, axis, of.scale)
-        return off ^ off, again(of.layout.weight(r, weight).astype(weight.dtype))
 
-    off = _off(gap, m.shape[axis - 2], of.scale)
-    return lax.while_loop(lambda state: state[0], body, (off, h))[1]
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _times(gap: Array, count: int, scale: float) -> Array:
+    size = jnp.log(gap / scale**2)  # of E^2
+    times = jnp.ceil(2 * math.log(jnp.finfo(gap.dtype).eps) / size)
+    times = jnp.where(size < 0, jnp.clip(times, 1, _MOST), _MOST)
+    return jnp.where(_off(gap, count, scale), times, 0).astype(jnp.int32)
+
+
+def refined(
+    h: Array,
+    h_in: Array,
+    times: Array,
+    pull: Callable[[Array], Array],
+    push: Callable[[Array], Array],
+) -> Array:
+    """h_out of h_in = h_out J, where the weight of J may be off by E.
+
+    What is missed is pushed as well, h <- h + (h_in - h J) R, and what is missed then
+    is E times less. Unlike `polished` it copies no weight where nothing is to be done,
+    and costs less where rows are few.
+
+    Args:
+      h: h_in R, of the weight as it is.
+      h_in: the cotangent that is known.
+      times: of `times_of`.
+      pull: times J.
+      push: times R.
+    """
+
+    def more(state: tuple[Array, Array]) -> Array:
+        return state[0] > 0
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        left, h = state
+        return left - 1, h + push(h_in - pull(h))
+
+    return lax.while_loop(more, step, (times, h))[1]
 
 
 def _off(gap: Array, count: int, scale: float) -> Array:

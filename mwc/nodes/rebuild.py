@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc._tie import tie
-from mwc.nodes.polish import Claim, claim, gap_of, redone
+from mwc.nodes.polish import Claim, claim, refined, times_of
 from mwc.nodes.ties import mended, missed
 from mwc.stages import Straight, Values
 from passes import _jax
@@ -32,6 +32,7 @@ from passes.depend import reached
 from passes.flops import eqn_flops
 from passes.graph import Graph, Var, astype, evaluate, read
 from passes.linearise import is_inexact
+from passes.links import Link
 from passes.submersion import Inverse, Rule, Submersion
 
 Array = Any
@@ -80,7 +81,7 @@ class Rebuilt:
         h_in: Array,
         kept: Sequence[Array] = (),
         weights: Values | None = None,
-        gaps: Mapping[Var, Array | None] | None = None,
+        times: Mapping[Var, Array | None] | None = None,
     ) -> Values:
         """The cotangents between its links, from h_in to h_out.
 
@@ -92,7 +93,7 @@ class Rebuilt:
           h_in: the cotangent of the state.
           kept: what `pull` kept of ties.
           weights: what was made of those of `claims`.
-          gaps: of other claims; None where they are still to be found.
+          times: of other claims, `times_of`; None where that is still to be found.
         """
         lost = list(kept)
         bwd = self.stage.linear.bwd
@@ -101,21 +102,21 @@ class Rebuilt:
         for link in links:
             need |= bwd.inputs_of([link.target], [link.source]) - {link.source}
         env = self.stage.residuals(values, bits, False, need) | (weights or {})
-        off: Values = dict(gaps or {})
+        often: Values = dict(times or {})
         for of in self.claims:
-            if of.var in off and off[of.var] is None:
+            if of.var in often and often[of.var] is None:
                 # Or the compiler looks at all weights first, and keeps what it sees.
                 env[of.var] = tie([env[of.var]], h_in)[0]
-                off[of.var] = gap_of([env[of.var]], of)
+                often[of.var] = times_of([env[of.var]], of)
         known = {self._target: h_in}
-        for inverse in reversed(self.found.inverses):
+        pairs = zip(self.found.inverses, self._claimed, strict=True)
+        for inverse, of in reversed([*pairs]):
             link = inverse.link
-            h = _invert(bwd, inverse, env, known[link.target])
-            for of in self.claims:
-                if of.var in off and of.var in link.reads:
-                    given = env | {link.target: known[link.target]}
-                    again = functools.partial(_invert_by, bwd, inverse, given, of.var)
-                    h = redone(h, env[of.var], of, off[of.var], again)
+            push = functools.partial(_invert, bwd, inverse, env)
+            h = push(known[link.target])
+            if of is not None and of.var in often:
+                pull = functools.partial(_pulled, bwd, link, env)
+                h = refined(h, known[link.target], often[of.var], pull, push)
             if inverse.ties:
                 h, lost = mended(h, lost[-2:]), lost[:-2]
             known[link.source] = h
@@ -123,12 +124,18 @@ class Rebuilt:
 
     @functools.cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """Weights that are polished before `push` reads them."""
+        """Weights that `push` must not take to be what they are claimed to be."""
+        return tuple(one for one in self._claimed if one is not None)
+
+    @functools.cached_property
+    def _claimed(self) -> tuple[Claim | None, ...]:
+        """The claim that each inverse rests on."""
         linear = self.stage.linear
         read = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
+        turned = [e for e in linear.bwd.eqns if e.primitive.name == "rev"]
+        plain = {e.outvars[0]: e.invars[0] for e in turned}
         inputs = {*linear.fwd.invars}
-        found = (claim(inverse, read, inputs) for inverse in self.found.inverses)
-        return tuple(one for one in found if one is not None)
+        return tuple(claim(one, read, plain, inputs) for one in self.found.inverses)
 
     def weight(self, of: Claim, values: Values, bits: Sequence[Array]) -> Array:
         """That of a claim, as it is."""
@@ -239,11 +246,9 @@ def _invert(bwd: Graph, inverse: Inverse, env: Values, h: Array) -> Array:
     return _solve(inverse, env, h)
 
 
-def _invert_by(
-    bwd: Graph, inverse: Inverse, env: Values, var: Var, weight: Array
-) -> Array:
-    """`_invert` with another weight; `env` has h_in."""
-    return _invert(bwd, inverse, env | {var: weight}, env[inverse.link.target])
+def _pulled(bwd: Graph, link: Link, env: Values, h: Array) -> Array:
+    """h_in of a link from its h_out."""
+    return evaluate(bwd, {**env, link.source: h}, [link.target])[0]
 
 
 def _solve(inverse: Inverse, env: Values, h: Array) -> Array:

@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
       h: the newest cotangent.
       ties: what sweep R kept of its ties.
       weights: for each of its claims what takes the place of the weight, if anything.
-      gaps: for each of the others how far it is off, if that is known.
+      times: for each of the others how often it is refined, if that is known.
     """
 
     given: list[Array | None]
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
     h: Array
     ties: Sequence[Array] = ()
     weights: Sequence[Array | None] = ()
-    gaps: Sequence[Array | None] = ()
+    times: Sequence[Array | None] = ()
 
 
 class Check(NamedTuple):
@@ -116,10 +116,10 @@ def forth(
       `more`.
     """
     values = _named(one, at.given)
-    claimed = [*zip(one.claims, at.weights, at.gaps, strict=True)]
+    claimed = [*zip(one.claims, at.weights, at.times, strict=True)]
     weights = {of.var: w for of, w, _ in claimed if w is not None}
-    gaps = {of.var: gap for of, w, gap in claimed if w is None}
-    known = one.push(values, at.bits, at.h, at.ties, weights, gaps)
+    times = {of.var: n for of, w, n in claimed if w is None}
+    known = one.push(values, at.bits, at.h, at.ties, weights, times)
     # Or XLA makes one product of this one and the state's, and copies of both.
     h, values[one.state] = barrier([known[one.last], values[one.state]])
     known[one.last] = h
