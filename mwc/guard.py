@@ -165,9 +165,8 @@ def sketcher(last: Array, cts: Sequence[Any], kept: int) -> Sketcher:
     if rows:
         size = jnp.abs(last.reshape(count, -1)).max(-1).astype(jnp.float32)
         fine = (size > 0) & jnp.isfinite(size)
-        power = jnp.floor(jnp.log2(jnp.where(fine, size, 1)))
         # A row of zeros has nothing to compare; a row that is not finite must trip.
-        scale = jnp.where(fine, jnp.exp2(-jnp.clip(power, -126, 126)), 1)
+        scale = jnp.where(fine, _inverse_power(size), 1)
         scale = jnp.where(size == 0, 0, scale)
         weights = scale * _signs((count,), 1)
     wanted = set()
@@ -180,6 +179,14 @@ def sketcher(last: Array, cts: Sequence[Any], kept: int) -> Sketcher:
     held = barrier([*signs, *([] if weights is None else [weights])])
     found = dict(zip(made, held, strict=False))
     return Sketcher(found, None if weights is None else held[-1], rows)
+
+
+def _inverse_power(size: Array) -> Array:
+    """2^-k of float32 between 2^k and 2^(k+1), from the bits of its exponent."""
+    exponent = lax.bitcast_convert_type(size, np.int32) >> 23
+    # Neither infinite nor subnormal.
+    turned = 254 - jnp.clip(exponent, 1, 253)
+    return lax.bitcast_convert_type(turned << 23, np.float32)
 
 
 def _signs(shape: tuple[int, ...], seed: int) -> Array:

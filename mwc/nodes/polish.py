@@ -31,7 +31,7 @@ Array = Any
 
 _STEPS, _ROWS = 3, 4
 _MOST = 2**_STEPS - 1  # refinements, which do as much
-_CHECKED = 8  # weights that are checked at once
+_CHECKED = 8, 7, 6, 9, 10, 5  # weights that are checked at once, best first
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
@@ -197,14 +197,19 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
 
     Those of one weight, if it is an argument: a check of each is a few kernels more.
     """
-    found: list[list[Group]] = []
+    runs: list[list[Group]] = []
     for group in groups:
-        one, last = group[0][1], found[-1] if found else []
-        joins = last and len(last) < _CHECKED and len(group) == len(last[0]) == 1
+        one, last = group[0][1], runs[-1] if runs else []
+        joins = last and len(group) == len(last[0]) == 1
         if joins and one.given and one.alike(last[0][0][1]):
             last.append(group)
         else:
-            found.append([group])
+            runs.append([group])
+    found: list[list[Group]] = []
+    for run in runs:
+        # As many each time, if they can be: fewer are a kernel more.
+        size = next((n for n in _CHECKED if len(run) % n == 0), _CHECKED[0])
+        found += [run[i : i + size] for i in range(0, len(run), size)]
     return found
 
 
@@ -276,10 +281,11 @@ def times_of(weights: Sequence[Array], of: Claim) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _times(gap: Array, count: int, scale: float) -> Array:
-    size = jnp.log(gap / scale**2)  # of E^2
-    times = jnp.ceil(2 * math.log(jnp.finfo(gap.dtype).eps) / size)
-    times = jnp.where(size < 0, jnp.clip(times, 1, _MOST), _MOST)
-    return jnp.where(_off(gap, count, scale), times, 0).astype(jnp.int32)
+    # The fewest n with E^n below eps; two at least, as E is above it where it is off.
+    eps, least = float(jnp.finfo(gap.dtype).eps), _limit(gap.dtype, count, scale)
+    larger = (max(least, (scale * eps ** (1 / n)) ** 2) for n in range(2, _MOST))
+    above = gap > np.asarray([least, least, *larger], gap.dtype)
+    return jnp.sum(above, dtype=jnp.int32)
 
 
 def refined(
@@ -314,9 +320,13 @@ def refined(
 
 
 def _off(gap: Array, count: int, scale: float) -> Array:
+    return gap > _limit(gap.dtype, count, scale)
+
+
+def _limit(dtype: Any, count: int, scale: float) -> float:
+    """The gap of exact weights at most."""
     # The eps of the wide type: a rounded weight is not exact.
-    limit = (_EXACT * float(jnp.finfo(gap.dtype).eps) * scale) ** 2
-    return gap > limit * _ROWS * count
+    return (_EXACT * float(jnp.finfo(dtype).eps) * scale) ** 2 * _ROWS * count
 
 
 def _step(m: Array, r: Array, axis: int, scale: float) -> Array:
