@@ -233,10 +233,19 @@ class Moonwalk(Whole):
             saved[at] = waited
         return saved[at] if place is None else [x[place] for x in saved[at]]
 
+    @property
+    def _most(self) -> int:
+        """Bytes of the weights that are polished at once."""
+        return int(_POLISHED * nbytes(self.stages[0].state))
+
+    def _refined(self, group: Group) -> bool:
+        """Whether it is one weight that is not small beside a state."""
+        return len(group) == 1 and nbytes(group[0][1].var) > self._most
+
     def _times(self, batch: Sequence[Group], values: Values) -> Array | None:
         """`times_of` weights that are arguments, one in each group."""
         of = batch[0][0][1]
-        if len(batch[0]) > 1 or not of.given:
+        if not (self._refined(batch[0]) and of.given):
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
         return times_of([values[v] for v in given], of)
@@ -311,9 +320,8 @@ class Moonwalk(Whole):
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(marks)]
         found: Values = {}
-        most = int(_POLISHED * nbytes(stages[0].state))
         turns: dict[int, list[tuple[Group, Array | None]]] = {}
-        for batch in batches(together([one.claims for one in stages], most)):
+        for batch in batches(together([one.claims for one in stages], self._most)):
             often = self._times(batch, values)
             for group in batch:
                 turns.setdefault(group[0][0], []).append((group, often))
@@ -331,7 +339,7 @@ class Moonwalk(Whole):
             bits = self._bits(i, held, saved)
             times: Values = {}
             for group, often in turns.get(i, []):
-                if len(group) == 1:
+                if self._refined(group):
                     times |= {} if often is None else {group[0][1].var: often}
                     continue
                 for j, made in self._polish(group, h, values, saved).items():
