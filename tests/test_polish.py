@@ -72,7 +72,7 @@ def test_refined(size, scale):
     weights = jnp.asarray(np.sqrt(scale) * np.swapaxes(moved, 1, 2), jnp.float32)
     h_in = jnp.asarray(draw.standard_normal((k, 5)), jnp.float32)
     times, found = refinements(weights, a_claim(k, n, axis=0, scale=scale), h_in)
-    assert times == 0 if size == 0 else 1 <= times <= 7
+    assert times == 0 if size == 0 else 2 <= times <= 7
     assert times <= 2 or size > 1e-6
     for weight, h in zip(np.asarray(weights, np.float64), found, strict=True):
         np.testing.assert_allclose(weight @ h, h_in, atol=3e-6)
@@ -83,7 +83,7 @@ def test_refined_leaves_what_is_far_off():
     for fill in (0, np.nan, 3):
         weight = jnp.full((4, 5), fill, jnp.float32)
         times, (h,) = refinements([weight], a_claim(4, 5, axis=0), h_in)
-        assert times <= 7
+        assert times == (0 if np.isnan(fill) else 7)
         assert not np.max(np.abs(weight @ h - h_in)) < 0.5
 
 

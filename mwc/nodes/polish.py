@@ -3,7 +3,9 @@
 A declared weight M, [n, k] with M^T M = c I, has the right inverse M / c. Once an
 optimizer has moved it, R = M / c is off by E = M^T R - I, and Newton steps
 R <- R (2 I - M^T R) square E each: three serve |E| up to 5e-2. They cost n^3, nothing
-per sample, and none is made for an exact weight: four random rows tell.
+per sample. A weight that is large beside a state stays as it is: what it makes is
+refined instead, up to seven times, which comes to the same. Nothing is done where a
+weight is exact: four random rows tell.
 Source: DESIGN section 2. Limits: a map with one product by a matrix, as a convolution
 of windows side by side is too; others rely on the claim alone. What the steps cannot
 mend is seen by the guard.
