@@ -34,6 +34,7 @@ Array = Any
 _STEPS, _ROWS = 3, 4
 _MOST = 2**_STEPS - 1  # refinements, which do as much
 _CHECKED = 8, 7, 6, 9, 10, 5  # weights that are checked at once, best first
+_LESS = np.int32(-1)  # `- 1` is a constant that XLA moves out of loops and in again
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
 
@@ -263,7 +264,7 @@ def _polished(stack: Array, gap: Array, layout: Layout, scale: float) -> list[Ar
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, r = state
-        return left - 1, _step(m, r, axis, scale)
+        return left + _LESS, _step(m, r, axis, scale)
 
     _, r = lax.while_loop(more, step, (jnp.int32(_STEPS), m))
     made = layout.weight(r, stack).astype(stack.dtype)
@@ -316,7 +317,7 @@ def refined(
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         left, h = state
-        return left - 1, h + push(h_in - pull(h))
+        return left + _LESS, h + push(h_in - pull(h))
 
     return lax.while_loop(more, step, (times, h))[1]
 
