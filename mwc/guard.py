@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,24 +81,29 @@ def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     (count, features), (kept, *axes) = _flat(h, rows), sketch_shape(h, rows)
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)
-    flat = h.reshape(count, features).astype(wide)
+    flat, buckets = h.reshape(count, features).astype(wide), _buckets(count)
+    each = None
     if weights is not None:
-        flat = flat * lax.broadcast_in_dim(weights.astype(wide), flat.shape, (0,))
-    # Two short sums: XLA multiplies apart from a long one, and writes the product.
-    # And where rows are alike, one sum for all features may vanish by its signs.
-    buckets = _buckets(count)
-    whole = count // buckets * buckets
-    summed = flat[:whole].reshape(-1, buckets, features).sum(0)
-    if whole < count:
-        rest = flat[whole:]
-        summed = summed + jnp.pad(rest, ((0, whole + buckets - count), (0, 0)))
-    signed = summed * signs.astype(wide)
+        each = lax.broadcast_in_dim(weights.astype(wide), flat.shape, (0,))
+    deep, rest = divmod(count, buckets)
+    if rest or deep > _WHOLE:
+        # XLA multiplies apart from a long sum, and writes the product: two of them.
+        weighted, each = flat if each is None else flat * each, None
+        flat = weighted[: count - rest].reshape(-1, buckets, features).sum(0)
+        if rest:
+            last = weighted[count - rest :]
+            flat = flat + jnp.pad(last, ((0, buckets - rest), (0, 0)))
+    parts = flat.reshape(-1, buckets, features)
+    # Where rows are alike, one sum for all features may vanish by its signs.
+    factors = lax.broadcast_in_dim(signs.astype(wide), parts.shape, (1, 2))
+    signed = parts * (factors if each is None else factors * each.reshape(parts.shape))
     groups = math.prod(axes)
     size = -(-features // groups)
     if short := groups * size - features:
-        signed = jnp.pad(signed, ((0, 0), (0, short)))
+        signed = jnp.pad(signed, ((0, 0), (0, 0), (0, short)))
     axes = [groups] if _jax.is_split(signed) else axes
-    return signed.reshape(-1, kept, *axes, size).sum((0, -1))
+    split = signed.reshape(-1, buckets // kept, kept, *axes, size)
+    return split.sum((0, 1, -1))
 
 
 def sketch_shape(ct: Any, rows: int) -> tuple[int, ...]:
@@ -198,29 +203,21 @@ def _signs(shape: tuple[int, ...], seed: int) -> Array:
     return (1 - 2 * (index & np.uint32(1)).astype(jnp.float32)).reshape(shape)
 
 
-class Unit(NamedTuple):
+@jax.jit
+def unit_of(sketches: Sequence[Array]) -> Array:
     """What sketches of a few stages are measured in; that of each is a kernel more.
 
-    Attributes:
-      inverse: one over the largest entry of all of them.
-      slack: what lets zeros pass, and nothing else: 0 where any entry is not zero.
+    Returns:
+      One over the largest entry of all of them, a scalar. One that is not finite makes
+      all comparisons trip.
     """
-
-    inverse: Array
-    slack: Array
-
-
-@jax.jit
-def unit_of(sketches: Sequence[Array]) -> Unit:
-    """That of sketches s; one that is not finite makes all comparisons trip."""
     # Of all that are alike at once: a largest entry of each is a kernel more.
     alike: dict[Any, Array] = {}
     for s in map(jnp.abs, sketches):
         kind = s.shape, s.dtype
         alike[kind] = jnp.maximum(alike[kind], s) if kind in alike else s
     top = functools.reduce(jnp.maximum, map(jnp.max, alike.values()))
-    slack = jnp.where(top == 0, 2 * _VANISHED * jnp.finfo(top.dtype).tiny, 0)
-    return Unit(1 / jnp.where(top == 0, 1, top), slack)
+    return 1 / jnp.maximum(top, jnp.finfo(top.dtype).tiny)
 
 
 def unbroken(sketch: Array) -> Array:
@@ -243,7 +240,7 @@ def compare(
     expected: Array,
     found: Array,
     limit: Array | float,
-    unit: Unit,
+    unit: Array,
     before: Array | bool = True,
 ) -> Array:
     """Whether |s - s'| < limit |s|, or both are zero.
@@ -261,9 +258,11 @@ def compare(
     # One sum for all that is asked, for each is a kernel of every stage. Those before
     # are in it, too: where barriers are dropped, a chain of conditions beside it is
     # computed again, whole, for every gradient that reads it.
-    inverse = jnp.where(before, unit.inverse, jnp.nan).astype(expected.dtype)
-    off, size = (expected - found) * inverse, expected * (limit * inverse)
-    over = jnp.sum(off * off - size * size - unit.slack.astype(off.dtype))
+    scale = jnp.where(before, unit, jnp.nan).astype(expected.dtype)
+    # The smallest number lets zeros pass where all in the unit are zeros.
+    whole = expected + jnp.finfo(expected.dtype).tiny
+    off, size = (expected - found) * scale, whole * (limit * scale)
+    over = jnp.sum(off * off - size * size)
     return _passes(over)
 
 

@@ -73,7 +73,7 @@ class Check(NamedTuple):
     take: guard.Sketcher
     expected: Array
     limit: Array | float
-    unit: guard.Unit
+    unit: Array
     before: Array
 
 
