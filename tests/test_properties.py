@@ -67,8 +67,13 @@ def check(names, plan, shape, argnums=(0, 1)):
         try:
             assert_same(true, ours(*args))
         except AssertionError:
-            if kind != "ties" or not grammar.cancels(names, *args):
+            if kind == "ties" and grammar.cancels(names, *args):
+                continue
+            if all(np.all(np.isfinite(x)) for x in jax.tree.leaves(true)):
                 raise
+            # Without optimisation XLA may compute a state twice and round it otherwise:
+            # none of its entries is the maximum then, and JAX divides by their number.
+            assert_same(jaxs.__wrapped__(*args), ours(*args))
 
 
 @pytest.mark.usefixtures("x64", "quick")
@@ -84,6 +89,7 @@ def test_random_programs(names, plan, shape):
 @pytest.mark.usefixtures("x64", "quick")
 @long_profile
 @given(programs, plans, st.sampled_from(SHAPES))
+@example(["abs", "fft", "top", "aside"], (0, None), (4, 5))
 def test_many_random_programs(names, plan, shape):
     check(names, plan, shape)
 
