@@ -3,8 +3,9 @@
 The transpose of select(c, f(x), g(x)) is a sum, f'(select(c, h, 0)) + g'(select(c, 0,
 h)). Where f' and g' take zero to zero and act on each entry by itself, that is
 select(c, f'(h), g'(h)): three operations less in every sweep past an absolute value,
-and compile time goes with them. Nothing changes but the sign of a zero. Limits: f' and
-g' of negations, conversions and factors that are finite numbers of the program.
+and compile time goes with them. Nothing changes but the sign of a zero, which in what
+a user adds up may matter. Limits: sums that JAX's transposes make; f' and g' of
+negations, conversions and factors that are finite numbers of the program.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ def one_select(graph: Graph) -> Graph:
     Returns:
       The graph itself where there is no such sum.
     """
+    found = [_parts(graph, eqn) for eqn in graph.eqns]
+    if not any(found):
+        return graph
     eqns: list[Eqn] = []
-    for eqn in graph.eqns:
-        parts = _parts(graph, eqn)
+    for eqn, parts in zip(graph.eqns, found, strict=True):
         if not parts:
             eqns.append(eqn)
             continue
@@ -68,14 +71,12 @@ def one_select(graph: Graph) -> Graph:
         select = parts[0].select
         operands = [select.invars[0], *cases]
         eqns.append(select.replace(invars=operands, outvars=eqn.outvars))
-    if not any(_parts(graph, eqn) for eqn in graph.eqns):
-        return graph
     return prune(Graph(graph.invars, graph.outvars, tuple(eqns)))
 
 
 def _parts(graph: Graph, eqn: Eqn) -> list[_Part]:
     """Those of a sum in the order of the select's operands; none if it is another."""
-    if eqn.primitive.name not in ("add", "add_any"):
+    if eqn.primitive.name != "add_any":
         return []
     found = [_part(graph, v) for v in eqn.invars]
     parts = sorted((p for p in found if p is not None), key=lambda p: p.side)

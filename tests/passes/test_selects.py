@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from passes.graph import evaluate, from_jaxpr
+from passes.graph import Graph, evaluate, from_jaxpr
 from passes.inline import inline
 from passes.linearise import linearise
 from passes.selects import one_select
@@ -61,9 +61,28 @@ def test_the_derivative_is_jaxs(name):
 MASK = jnp.arange(4) > 1
 
 
-def traced(fun):
-    """A program of a mask and a cotangent, as it is and rewritten."""
+def twice(x):
+    return jax.vjp(lambda x: x * jnp.sin(x), x)[1](x)
+
+
+(SUM,) = {
+    eqn.primitive
+    for eqn in inline(jax.make_jaxpr(twice)(1.0)).eqns
+    if eqn.primitive.name == "add_any"
+}
+
+
+def traced(fun, summed=True):
+    """A program of a mask and a cotangent, as it is and rewritten.
+
+    Its sums are those of a transpose, if they are to be.
+    """
     graph = inline(jax.make_jaxpr(fun)(MASK, jnp.ones(4)))
+    eqns = tuple(
+        eqn.replace(primitive=SUM) if summed and eqn.primitive.name == "add" else eqn
+        for eqn in graph.eqns
+    )
+    graph = Graph(graph.invars, graph.outvars, eqns)
     return graph, one_select(graph)
 
 
@@ -90,11 +109,13 @@ def test_what_is_no_sum_of_two_parts_stays(name):
     assert made is graph
 
 
-def test_a_part_that_others_read_is_kept():
-    def fun(c, h):
-        one = of(c, h)
-        return one + -beside(c, h), jnp.sin(one)
+def read_twice(c, h):
+    one = of(c, h)
+    return one + -beside(c, h), jnp.sin(one)
 
+
+def test_a_part_that_others_read_is_kept():
+    fun = read_twice
     graph, made = traced(fun)
     assert made is not graph
     h = jnp.arange(1.0, 5.0)
@@ -102,3 +123,9 @@ def test_a_part_that_others_read_is_kept():
     found = evaluate(made, env, made.outvars)
     for one, expected in zip(found, fun(MASK, h), strict=True):
         np.testing.assert_array_equal(one, expected)
+
+
+def test_a_sum_of_the_user_stays():
+    """Of two zeros of which one is negative it is positive; a select is not."""
+    graph, made = traced(read_twice, summed=False)
+    assert made is graph
