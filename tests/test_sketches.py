@@ -124,6 +124,14 @@ def test_what_vanishes_beside_others_does_not_pass(scale):
     assert not guard.compare(s, s, 1e-5, guard.unit_of([s, np.inf * s]))
 
 
+def test_zeros_pass_and_nothing_else_in_their_place():
+    s = jnp.zeros((1, 64), jnp.float32)
+    assert passes(s, s, 1e-5)
+    for off in (1e-37, 1e-30, 1.0, np.inf, np.nan):
+        assert not passes(s, s.at[0, 3].set(off), 1e-5)
+        assert not passes(s.at[0, 3].set(off), s, 1e-5)
+
+
 def test_sketches_unlike_share_a_unit():
     a, b = np.float32(np.random.default_rng(8).standard_normal((2, 1, 64)))
     unit = guard.unit_of([jnp.asarray(a), jnp.asarray(7 * b[:, :5])])

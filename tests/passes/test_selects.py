@@ -37,7 +37,9 @@ ONCE = {
 }
 TWICE = {
     # Zero times what may be infinite is no zero.
-    "slope of the user": lambda x: jnp.where(x > 0, x, x[0, 0] * 0 + jnp.sin(x)),
+    "infinite slope": lambda x: jnp.where(
+        x > 0, x, jax.lax.stop_gradient(jnp.exp(x[0, 0] ** 2 + 1e3)) * x
+    ),
     "two cotangents": lambda x: jnp.where(x > 0, x, 0.0) + jnp.where(x > 1, 0.0, x),
     "one branch": lambda x: jnp.where(x > 0, x, 1.0),
 }
