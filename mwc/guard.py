@@ -82,28 +82,31 @@ def _sketch(h: Array, signs: Array, weights: Array | None, rows: int) -> Array:
     if jnp.iscomplexobj(h):
         h = jnp.stack([h.real, h.imag], axis=-1)
     flat, buckets = h.reshape(count, features).astype(wide), _buckets(count)
-    each = None
-    if weights is not None:
-        each = lax.broadcast_in_dim(weights.astype(wide), flat.shape, (0,))
+    each = None if weights is None else weights.astype(wide)
     deep, rest = divmod(count, buckets)
     if rest or deep > _WHOLE:
         # XLA multiplies apart from a long sum, and writes the product: two of them.
-        weighted, each = flat if each is None else flat * each, None
-        flat = weighted[: count - rest].reshape(-1, buckets, features).sum(0)
+        if each is not None:
+            flat, each = flat * lax.broadcast_in_dim(each, flat.shape, (0,)), None
+        whole, last = flat[: count - rest], flat[count - rest :]
+        flat = whole.reshape(-1, buckets, features).sum(0)
         if rest:
-            last = weighted[count - rest :]
             flat = flat + jnp.pad(last, ((0, buckets - rest), (0, 0)))
     parts = flat.reshape(-1, buckets, features)
     # Where rows are alike, one sum for all features may vanish by its signs.
     factors = lax.broadcast_in_dim(signs.astype(wide), parts.shape, (1, 2))
-    signed = parts * (factors if each is None else factors * each.reshape(parts.shape))
+    if each is not None:
+        # In the shape of the sum: of any other a compiler for CPUs makes a slow loop.
+        each = each.reshape(-1, buckets)
+        factors = factors * lax.broadcast_in_dim(each, parts.shape, (0, 1))
+    signed = parts * factors
     groups = math.prod(axes)
     size = -(-features // groups)
     if short := groups * size - features:
         signed = jnp.pad(signed, ((0, 0), (0, 0), (0, short)))
-    axes = [groups] if _jax.is_split(signed) else axes
-    split = signed.reshape(-1, buckets // kept, kept, *axes, size)
-    return split.sum((0, 1, -1))
+    split = signed.reshape(-1, buckets // kept, kept, groups, size)
+    found = split.sum((0, 1, -1))
+    return found if _jax.is_split(signed) else found.reshape(kept, *axes)
 
 
 def sketch_shape(ct: Any, rows: int) -> tuple[int, ...]:
