@@ -26,6 +26,7 @@ from jax import lax
 from mwc._tie import tie
 from mwc.nodes.polish import Claim, claim, refined, times_of
 from mwc.nodes.ties import mended, missed
+from mwc.nodes.turned import turned
 from mwc.stages import Straight, Values
 from passes import _jax
 from passes.depend import reached
@@ -204,7 +205,7 @@ class Rebuilt:
 
         They start from what `push` gave, so that no product runs a second time.
         """
-        bwd = self.stage.linear.bwd
+        bwd = self._emitting
         chosen = [(v, ct) for v, ct in self.stage.chosen(wanted) if v is not self.state]
         outs = [ct for _, ct in chosen]
         read = bwd.inputs_of(outs, known) - {*known}
@@ -212,6 +213,11 @@ class Rebuilt:
         found = evaluate(bwd, {**env, **known}, outs)
         pairs = zip((v for v, _ in chosen), found, strict=True)
         return {v: astype(ct, v) for v, ct in pairs}
+
+    @functools.cached_property
+    def _emitting(self) -> Graph:
+        """The backward as `gradients` runs it."""
+        return turned(self.stage.linear.bwd)
 
 
 def _rounding(eqn: Any) -> float:
