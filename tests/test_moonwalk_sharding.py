@@ -12,13 +12,14 @@ from jax import lax, shard_map
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mwc import guard, moonwalk_compile
+from mwc import coisometric, guard, moonwalk_compile
 from mwc._tie import CPU_DROPS_BARRIERS
 from mwc.constraints import orthogonal, unit_triangular
 from tests.eight import eight, outer, run_on_eight
 from tests.submersive import (
     chain,
     data,
+    isometry,
     layer,
     layers,
     mean_square,
@@ -105,6 +106,25 @@ def _varying(check_vma):
 def test_inside_shard_map(loop, kink, check_vma):
     loss, *args = case(loop, kink=kink)
     both(lambda f: mapped(jax.grad(f), check_vma), loss, *args)
+
+
+@eight
+def test_turned_products_inside_shard_map():
+    """Of 256 rows on each device, and layers as wide."""
+    rotate = coisometric(lambda h, w: h @ w)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.abs(rotate(x, w) + 0.1)
+        return jnp.mean(x**3)
+
+    draw = np.random.default_rng(0)
+    ws = [np.float32(isometry(256, 256)) for _ in range(3)]
+    x = np.float32(draw.standard_normal((8 * 256, 256)))
+    both(lambda f: mapped(jax.grad(f), True), loss, ws, x)
+    ours = moonwalk_compile(loss, strategies=("moonwalk", "stored"))
+    text = mapped(jax.grad(ours), True).lower(ws, x).as_text()
+    assert ("turned_product" in text) == (not CPU_DROPS_BARRIERS)
 
 
 @eight
