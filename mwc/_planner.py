@@ -98,16 +98,29 @@ def schedule(
     if not {"checkpoint", "stored"} & {*strategies}:
         _refuse_others(stages)
     if "checkpoint" not in strategies:
-        kept = sum(c.kept + sum(b for b, _ in c.born) for c in costs)
         leaves = [i for i, s in enumerate(stages) if isinstance(s, Moonwalk)]
         more = sum(costs[i].leaf for i in leaves) / total if total else 0.0
         at = store_all(len(stages), leaves)
-        return Decision(stages, at, costs, kept + bit_bytes(stages), more)
+        peak = _stored_peak(costs, leaves) + bit_bytes(stages)
+        return Decision(stages, at, costs, peak, more)
     limit = math.inf if math.isinf(extra) else (1 + extra + SLACK) * total
     found = plan(costs, limit, store_first="stored" in strategies)
     bits = bit_bytes(stages)
     more = max(0.0, found.cost / total - 1) if total else 0.0
     return Decision(stages, found.schedule, costs, found.memory + bits, more)
+
+
+def _stored_peak(costs: Sequence[Costs], leaves: Collection[int]) -> int:
+    """Bytes at the peak where all is stored, runs apart.
+
+    A run is swept when what stages after it kept is gone.
+    """
+    kept = peak = 0
+    for i, one in enumerate(costs):
+        if i in leaves:
+            peak = max(peak, kept + one.local)
+        kept += one.kept + sum(size for size, _ in one.born)
+    return max(peak, kept)
 
 
 def _refuse_others(stages: Sequence[Stage]) -> None:

@@ -89,6 +89,22 @@ def test_chains(x64, kind, kink):
     assert all(s.amplification and s.amplification < 1.5 for s in rebuilt)
 
 
+def test_the_peak_of_a_forced_plan_is_that_of_the_same_plan_chosen():
+    """States and products of sweep V are in it, not only what is kept."""
+    weights, batch = [np.float32(isometry(64, 64))] * 24, np.ones((256, 64), np.float32)
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.abs(layer(x, w))
+        return jnp.mean(jax.nn.relu(x @ jnp.ones((64, 8))) ** 2)
+
+    forced = moonwalk_compile(loss, strategies=FORCED).plan(weights, batch)
+    chosen = moonwalk_compile(loss).plan(weights, batch)
+    assert rows(forced) == rows(chosen) == len(weights)
+    assert forced.peak_bytes >= 4 * batch.nbytes
+    assert forced.peak_bytes == pytest.approx(chosen.peak_bytes, rel=0.01)
+
+
 def test_narrowing_chain(x64):
     widths = np.linspace(20, 4, DEPTH + 1).astype(int)
     shapes = itertools.pairwise(widths)
