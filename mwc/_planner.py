@@ -101,7 +101,7 @@ def schedule(
         leaves = [i for i, s in enumerate(stages) if isinstance(s, Moonwalk)]
         more = sum(costs[i].leaf for i in leaves) / total if total else 0.0
         at = store_all(len(stages), leaves)
-        peak = _stored_peak(costs, leaves) + bit_bytes(stages)
+        peak = _stored_peak(costs) + bit_bytes(stages)
         return Decision(stages, at, costs, peak, more)
     limit = math.inf if math.isinf(extra) else (1 + extra + SLACK) * total
     found = plan(costs, limit, store_first="stored" in strategies)
@@ -110,15 +110,14 @@ def schedule(
     return Decision(stages, found.schedule, costs, found.memory + bits, more)
 
 
-def _stored_peak(costs: Sequence[Costs], leaves: Collection[int]) -> int:
+def _stored_peak(costs: Sequence[Costs]) -> int:
     """Bytes at the peak where all is stored, runs apart.
 
-    A run is swept when what stages after it kept is gone.
+    A stage goes back when what stages after it kept is gone, its own still there.
     """
     kept = peak = 0
-    for i, one in enumerate(costs):
-        if i in leaves:
-            peak = max(peak, kept + one.local)
+    for one in costs:
+        peak = max(peak, kept + one.local)
         kept += one.kept + sum(size for size, _ in one.born)
     return max(peak, kept)
 
@@ -273,7 +272,8 @@ def grouped(loop: Loop, whole: int) -> Iterator[Loop]:
     body = loop.body
     assert isinstance(body, Straight)
     if loop.pruned:
-        yield loop
+        # Steps are run again on the way to a leaf: the carry read, and that made.
+        yield dataclasses.replace(loop, leaf_bytes=2 * carry_bytes(loop))
         return
     carry = body.graph.invars[loop.carries]
     names = [v for v in body.names if v in carry or v in body.graph.producer]
