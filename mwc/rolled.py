@@ -23,11 +23,11 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
-from mwc.nodes.polish import Claim, gap_of, polished
+from mwc.nodes.polish import Claim, gap_of, most_polished, polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Values
 from passes import _jax
-from passes.graph import Var, astype, is_var
+from passes.graph import Var, astype, is_var, nbytes
 
 Array = Any
 
@@ -108,12 +108,12 @@ class _Rebuilding(Sweeps):
         return {v: x for v, x in values.items() if v not in self.carry_vars}
 
     def _polished(
-        self, claims: Sequence[Claim], values: Values, bits: Sequence[Array]
+        self, claims: Sequence[Claim], h: Array, values: Values, bits: Sequence[Array]
     ) -> Values:
         made: Values = {}
         for of in claims:
             stack = self._one.weight(of, values, bits)[None]
-            (made[of.var],) = polished(stack, of, gap_of([stack], of))
+            (made[of.var],) = polished(stack, of, gap_of([stack], of, h))
         return made
 
     def _back(
@@ -177,7 +177,10 @@ class _Rebuilding(Sweeps):
 
         once = [of for of in one.claims if one.made_of(of) <= {*self.const_vars}]
         always = dict(zip(self.const_vars, self._consts, strict=True))
-        settled = self._polished(once, always, self._bits(bits, jnp.int32(0)))
+        settled = self._polished(once, h, always, self._bits(bits, jnp.int32(0)))
+        each = [of for of in one.claims if of not in once]
+        large = [of for of in each if nbytes(of.var) > most_polished(one.state)]
+        small = [of for of in each if of not in large]
 
         def step(i: Array, state: Any) -> Any:
             carry, h, worst, g_consts, g_xs = state
@@ -188,10 +191,10 @@ class _Rebuilding(Sweeps):
                     0, self._stop(i), lambda *_: [stacks.take(stops[0], at)], [h]
                 )
             values, kept = self.inputs(i, carry), self._bits(bits, i)
-            each = [of for of in one.claims if of not in once]
-            weights = settled | self._polished(each, values, kept)
+            weights = settled | self._polished(small, h, values, kept)
             lost = [stacks.take(t, i) for t in ties]
-            known = one.push(values, kept, h, lost, weights)
+            times = dict.fromkeys(of.var for of in large)
+            known = one.push(values, kept, h, lost, weights, times)
             # Or XLA makes one product of this one and the state's, and copies of both.
             h, values[one.state] = barrier([known[one.last], values[one.state]])
             known[one.last] = h

@@ -273,10 +273,14 @@ SUBMERSIVE: dict[str, Callable[[], Program]] = {
     "abs-64": functools.partial(dense, jnp.abs, 64, layer=rotate),
     "abs-256": functools.partial(dense, jnp.abs, 256, layer=rotate),
     "abs-64-bfloat16": lambda: halved(dense(jnp.abs, 64, layer=rotate)),
+    "abs-64-batch-512": functools.partial(dense, jnp.abs, 64, 512, 512, rotate),
     "leaky9-64": functools.partial(dense, leaky9, 64, layer=rotate),
     "maxmin-64-orthogonal": functools.partial(dense, maxmin, 64, layer=rotate),
     "funnel-48": functools.partial(funnel, jnp.abs, _FUNNEL),
     "scan-abs-64": functools.partial(scanned, jnp.abs, 64, product=rotate),
+    "scan-abs-64-batch-512": functools.partial(
+        scanned, jnp.abs, 64, batch=512, product=rotate
+    ),
     "recurrent-512": recurrent,
     "abs-64-built": functools.partial(dense, jnp.abs, 64, layer=built),
 }

@@ -31,15 +31,15 @@ def a_claim(*shape, axis=1, scale=1.0, given=True):
 def mended(weights, of):
     """Checked all at once and one by one."""
     stack = jnp.stack(weights)
-    found = polished(stack, of, gap_of([stack], of))
-    again = polished(stack, of, gap_of([w[None] for w in weights], of))
+    found = polished(stack, of, gap_of([stack], of, stack))
+    again = polished(stack, of, gap_of([w[None] for w in weights], of, stack))
     np.testing.assert_array_equal(found, again)
     return found
 
 
 def refinements(weights, of, h_in):
     """What each weight M makes of h_in, refined; all are checked at once."""
-    times = times_of(list(weights), of)
+    times = times_of(list(weights), of, h_in)
     found = []
     for m in weights:
         pull, push = functools.partial(jnp.matmul, m), lambda h, m=m: m.T @ h / of.scale

@@ -29,10 +29,12 @@ PLANS = {
 REBUILT = {
     "abs-64": (62, 30),
     "abs-64-bfloat16": (62, 24),
+    "abs-64-batch-512": (62, 3.75),
     "leaky9-64": (62, 38),
     "maxmin-64-orthogonal": (62, 30),
     "funnel-48": (46, 24),
     "scan-abs-64": (1, 30),
+    "scan-abs-64-batch-512": (1, 3.75),
     "recurrent-512": (1, 138),
 }
 
@@ -60,6 +62,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("resnet-18", 1): 400.1,
         ("resnet-18", 2): 400.1,
         ("abs-64", 2): 36.5,
+        ("abs-64-batch-512", 2): 7.1,
         ("abs-256", 2): 51.5,
         ("abs-64-bfloat16", 2): 33.5,
         ("leaky9-64", 2): 36.5,
@@ -67,6 +70,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("funnel-48", 2): 53.2,
         ("abs-64-built", 2): 38.5,
         ("scan-abs-64", 2): 49.2,
+        ("scan-abs-64-batch-512", 2): 11.1,
         ("recurrent-512", 2): 188.1,
     },
     "0.12.0.1": {
@@ -91,6 +95,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("resnet-18", 1): 404.7,
         ("resnet-18", 2): 404.7,
         ("abs-64", 2): 33.9,
+        ("abs-64-batch-512", 2): 7.1,
         ("abs-256", 2): 49.2,
         ("abs-64-bfloat16", 2): 28.5,
         ("leaky9-64", 2): 40.2,
@@ -98,6 +103,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("funnel-48", 2): 60.0,
         ("abs-64-built", 2): 43.2,
         ("scan-abs-64", 2): 49.2,
+        ("scan-abs-64-batch-512", 2): 11.1,
         ("recurrent-512", 2): 188.1,
     },
 }
@@ -173,7 +179,7 @@ def test_code_is_linear_in_depth():
     # stage, of which backpropagation has 22 and 68.
     lowered, compiled = (long - middle) / 16
     assert lowered < (11 if CPU_DROPS_BARRIERS else 8)
-    assert compiled < (506 if CPU_DROPS_BARRIERS else 315)
+    assert compiled < (506 if CPU_DROPS_BARRIERS else 318)
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]

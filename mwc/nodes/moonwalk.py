@@ -29,7 +29,15 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import after, barrier, relay, tie
-from mwc.nodes.polish import Group, batches, gap_of, polished, times_of, together
+from mwc.nodes.polish import (
+    Group,
+    batches,
+    gap_of,
+    most_polished,
+    polished,
+    times_of,
+    together,
+)
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
@@ -38,7 +46,6 @@ from passes.graph import Graph, Var, astype, is_var, nbytes
 
 Array = Any
 
-_POLISHED = 0.4  # of a state: weights that are polished at once
 _MEASURED = 4, 3, 5  # stages whose sketches are compared in one unit, best first
 
 
@@ -236,19 +243,19 @@ class Moonwalk(Whole):
     @property
     def _most(self) -> int:
         """Bytes of the weights that are polished at once."""
-        return int(_POLISHED * nbytes(self.stages[0].state))
+        return most_polished(self.stages[0].state)
 
     def _refined(self, group: Group) -> bool:
         """Whether it is one weight that is not small beside a state."""
         return len(group) == 1 and nbytes(group[0][1].var) > self._most
 
-    def _times(self, batch: Sequence[Group], values: Values) -> Array | None:
+    def _times(self, batch: Sequence[Group], h: Array, values: Values) -> Array | None:
         """`times_of` weights that are arguments, one in each group."""
         of = batch[0][0][1]
         if not (self._refined(batch[0]) and of.given):
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return times_of([values[v] for v in given], of)
+        return times_of([values[v] for v in given], of, h)
 
     def _polish(
         self,
@@ -276,7 +283,7 @@ class Moonwalk(Whole):
         ]
         stack, of = jnp.stack(tie(weights, h)), group[0][1]
         made: dict[int, Values] = {}
-        inverses = polished(stack, of, gap_of([stack], of))
+        inverses = polished(stack, of, gap_of([stack], of, h))
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made
@@ -320,11 +327,10 @@ class Moonwalk(Whole):
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(marks)]
         found: Values = {}
-        turns: dict[int, list[tuple[Group, Array | None]]] = {}
+        checks: dict[int, list[list[Group]]] = {}
         for batch in batches(together([one.claims for one in stages], self._most)):
-            often = self._times(batch, values)
-            for group in batch:
-                turns.setdefault(group[0][0], []).append((group, often))
+            checks.setdefault(batch[0][0][0], []).append(batch)
+        turns: dict[int, list[tuple[Group, Array | None]]] = {}
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
@@ -337,8 +343,12 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
+            for batch in checks.get(i, []):
+                often = self._times(batch, h, values)
+                for group in batch:
+                    turns.setdefault(group[0][0], []).append((group, often))
             times: Values = {}
-            for group, often in turns.get(i, []):
+            for group, often in turns.pop(i, []):
                 if self._refined(group):
                     times |= {} if often is None else {group[0][1].var: often}
                     continue

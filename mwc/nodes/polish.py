@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mwc._tie import barrier
 from passes.flops import eqn_flops
 from passes.graph import Eqn, Var, is_var, nbytes
 from passes.inverses import Inverse, Rule, Verdict, factor
@@ -34,6 +35,7 @@ Array = Any
 _STEPS, _ROWS = 3, 4
 _MOST = 2**_STEPS - 1  # refinements, which do as much
 _CHECKED = 8, 7, 6, 9, 10, 5  # weights that are checked at once, best first
+_SHARE = 0.4  # of a state: weights that are polished at once
 _LESS = np.int32(-1)  # `- 1` is a constant that XLA moves out of loops and in again
 _EXACT = 8.0  # units in the last place: an error that rounding explains
 
@@ -174,6 +176,15 @@ def _layout(eqn: Eqn, side: int, weight: Var) -> Layout | None:
     return Layout((), (out, *window), (into,))
 
 
+def most_polished(state: Var) -> int:
+    """Bytes of weights that are polished at once; what a larger one makes is refined.
+
+    Args:
+      state: that of which the weights' products are made.
+    """
+    return int(_SHARE * nbytes(state))
+
+
 def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
     """Claims of stages in a row that are treated at once.
 
@@ -216,29 +227,32 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
     return found
 
 
-def gap_of(stacks: Sequence[Array], of: Claim) -> Array:
+def gap_of(stacks: Sequence[Array], of: Claim, token: Array) -> Array:
     """How far weights alike are from their claim, as a scalar for `polished`.
 
     Args:
       stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
+      token: what must be there before they are looked at.
     """
-    return _gap(list(stacks), of.layout, of.scale)
+    return _gap(list(stacks), token, of.layout, of.scale)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _gap(stacks: list[Array], layout: Layout, scale: float) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _gap(stacks: list[Array], token: Array, layout: Layout, scale: float) -> Array:
     wide = jnp.float64 if jnp.finfo(stacks[0].dtype).bits > 32 else jnp.float32
     matrices = [layout.matrices(stack).astype(wide) for stack in stacks]
     axis, like = layout.axis, matrices[0]
     shape = _ROWS, like.shape[axis - 2]
     signs = np.random.default_rng(0).choice([-1.0, 1.0], shape)
     rows = jnp.broadcast_to(jnp.asarray(signs, wide), (*like.shape[:-2], *shape))
-    gaps = []
+    gap = jnp.zeros_like(rows)
     for m in matrices:
+        # Products that share an operand are one to XLA, of a copy of all the others.
+        token, rows = barrier([token, rows])
         image = _dot(_dot(rows, 1, m, axis), 1, m, 1 - axis)
-        gaps.append(jnp.abs(image - scale * rows))
-    return jnp.sum(functools.reduce(jnp.maximum, gaps) ** 2)
+        token = gap = jnp.maximum(gap, jnp.abs(image - scale * rows))
+    return jnp.sum(gap**2)
 
 
 def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
@@ -271,15 +285,16 @@ def _polished(stack: Array, gap: Array, layout: Layout, scale: float) -> list[Ar
     return [made[i] for i in range(len(stack))]
 
 
-def times_of(weights: Sequence[Array], of: Claim) -> Array:
+def times_of(weights: Sequence[Array], of: Claim, token: Array) -> Array:
     """How often `refined` refines what weights alike make; 0 where none is off.
 
     Args:
       weights: all of one shape.
       of: the claim of each.
+      token: what must be there before they are looked at.
     """
     count = math.prod(of.var.aval.shape[a] for a in of.layout.columns)
-    return _times(gap_of(weights, of), count, of.scale)
+    return _times(gap_of(weights, of, token), count, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -108,7 +108,7 @@ class Rebuilt:
             if of.var in often and often[of.var] is None:
                 # Or the compiler looks at all weights first, and keeps what it sees.
                 env[of.var] = tie([env[of.var]], h_in)[0]
-                often[of.var] = times_of([env[of.var]], of)
+                often[of.var] = times_of([env[of.var]], of, h_in)
         known = {self._target: h_in}
         pairs = zip(self.found.inverses, self._claimed, strict=True)
         for inverse, of in reversed([*pairs]):
