@@ -20,6 +20,8 @@ from mwc._rebuilding import Judge, merged, rebuilt_loop, runs
 from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
+from mwc.nodes.rebuild import Rebuilt
+from mwc.rolled import RebuiltLoop
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.alike import key_of
@@ -74,6 +76,7 @@ class Assembly:
         self._judge = Judge(outside, self._known, self._fixed)
         self._given = {*parameters, *cut.prologue.outvars}
         self._bodies: dict[int, Assembly] = {}
+        self._rolled: dict[int, RebuiltLoop | str] = {}
         self._branches: dict[Any, Assembly] = {}
         self._guarded = guarded
 
@@ -116,7 +119,7 @@ class Assembly:
         why: dict[Stage, str] = {}
         rebuilt = None
         if "moonwalk" in allowed:
-            judged = [self._judge(stage) for stage in stages]
+            judged = [self._judged(i, stage) for i, stage in enumerate(stages)]
             pairs = zip(stages, judged, strict=True)
             why = {s: f"not rebuilt: {j}" for s, j in pairs if isinstance(j, str)}
             ends = {*filter(is_var, self.graph.outvars), *self._pinned}
@@ -142,6 +145,13 @@ class Assembly:
             why = {s: why.get(s, "rebuilding it would take more time") for s in stages}
         return dataclasses.replace(plain, why=why), self._crossing
 
+    def _judged(self, i: int, stage: Stage) -> Rebuilt | str:
+        """A stage as one of a run, or why it is not; a loop is none."""
+        found = self._rolled.get(i)
+        if found is None:
+            return self._judge(stage)
+        return found if isinstance(found, str) else "another way needs less memory"
+
     def _settled(
         self, i: int, stage: Stage, extra: float, allowed: Collection[str]
     ) -> Stage:
@@ -154,7 +164,10 @@ class Assembly:
             whole = max((n.leaf_bytes for n in nested), default=0)
             choices = [*_planner.grouped(stage, whole), *nested]
         if "moonwalk" in allowed:
-            choices += self._rebuilt(stage)
+            if i not in self._rolled:
+                self._rolled[i] = self._rebuilt(i, stage)
+            found = self._rolled[i]
+            choices += [] if isinstance(found, str) else [found]
         return _planner.settle(choices, extra) or self._builder.straight(stage.graph)
 
     def _bounds(self, extra: float, allowed: Collection[str]) -> list[float | None]:
@@ -195,17 +208,37 @@ class Assembly:
             self._branches[key] = made
         return self._branches[key]
 
-    def _rebuilt(self, loop: Loop) -> list[Loop]:
-        """The loop with its steps rebuilt, if they can be."""
+    def _rebuilt(self, i: int, loop: Loop) -> RebuiltLoop | str:
+        """The loop with its steps rebuilt, or why they cannot be."""
         graph, body = loop.body.graph, loop.body
         outside = {*graph.invars} - {*graph.invars[loop.carries]}
         known = self._builder.inner_facts(loop.eqn, graph, self._known)
         fixed = Fixed(graph, self._unmoved(loop.eqn, graph))
         one = Judge(outside, known, fixed)(body)
-        if isinstance(one, str):
-            return []
-        found = rebuilt_loop(loop, one, self._options.tolerance)
-        return [] if found is None else [found]
+        run = one if isinstance(one, str) else [one]
+        if isinstance(run, str) and sum(matrix_cost(eqn) > 0 for eqn in graph.eqns) > 1:
+            run = self._inside(i, loop).run(outside)
+        if isinstance(run, str):
+            return f"a step of it: {run}"
+        return rebuilt_loop(loop, run, self._options.tolerance)
+
+    def run(self, outside: Collection[Var]) -> list[Rebuilt] | str:
+        """Its stages as one run, or why they are none; `outside` are not states."""
+        if self._prologue.graph.eqns:
+            return "several of its stages read what is made of parameters"
+        builder = Builder(outside, self.tangents, self.graph)
+        judge = Judge(outside, self._known, self._fixed)
+        found: list[Rebuilt] = []
+        for stage in self._stages:
+            one = judge(builder.straight(stage.graph))
+            if isinstance(one, str):
+                return one
+            found.append(one)
+        if runs(found, self._crossing, (), self._options.tolerance) != [
+            (0, len(found))
+        ]:
+            return "its stages together round too much for the tolerance"
+        return found
 
     def _unmoved(self, eqn: Any, body: Graph) -> dict[Var, Any]:
         """Inputs of a loop's body that are always the same, with their values."""
@@ -215,15 +248,10 @@ class Assembly:
         pairs = zip(body.invars, eqn.invars[:count], strict=False)
         return {i: values[o] for i, o in pairs if is_var(o) and o in values}
 
-    def _nested(self, i: int, loop: Loop, extra: float) -> Iterator[Loop]:
-        """The loop with its body as a chain."""
-        graph = loop.body.graph
-        products = sum(matrix_cost(eqn) > 0 for eqn in graph.eqns)
-        choices = any(is_choice(eqn) for eqn in graph.eqns)
-        inner = choices or any(eqn.primitive.name == "scan" for eqn in graph.eqns)
-        if loop.pruned or (products < 2 and not inner):
-            return
+    def _inside(self, i: int, loop: Loop) -> Assembly:
+        """The body of a loop as a chain."""
         if i not in self._bodies:
+            graph = loop.body.graph
             moving = self._builder.moving_vars(loop.eqn, graph)
             state = state_of(loop.eqn, graph, moving)
             given = [v for v in graph.invars if v not in state]
@@ -233,7 +261,17 @@ class Assembly:
             self._bodies[i] = Assembly(
                 graph, given, sources, self._options, known, fixed, guarded=False
             )
-        body = self._bodies[i]
+        return self._bodies[i]
+
+    def _nested(self, i: int, loop: Loop, extra: float) -> Iterator[Loop]:
+        """The loop with its body as a chain."""
+        graph = loop.body.graph
+        products = sum(matrix_cost(eqn) > 0 for eqn in graph.eqns)
+        choices = any(is_choice(eqn) for eqn in graph.eqns)
+        inner = choices or any(eqn.primitive.name == "scan" for eqn in graph.eqns)
+        if loop.pruned or (products < 2 and not inner):
+            return
+        body = self._inside(i, loop)
         if not choices and not body.has_schedules:
             return
         for more in _STEPS:

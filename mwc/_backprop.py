@@ -16,6 +16,7 @@ from mwc.chained import Chained
 from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.nodes.moonwalk import Moonwalk
+from mwc.rolled import Steps
 from mwc.stages import Stage, Straight
 from passes.declared import declared_p
 from passes.depend import reached
@@ -77,6 +78,8 @@ def _unmarked(fwd: Graph, v: Var) -> Var:
 def step_bytes(loop: Loop) -> int:
     """Bytes of the residuals of one step, per-step inputs and constants left out."""
     body = loop.body
+    if isinstance(body, Steps):
+        return sum(backprop_bytes(body.stages, body.graph.invars[loop.carries]))
     if not isinstance(body, Straight):
         assert isinstance(body, Chained)
         carry = body.graph.invars[loop.carries]

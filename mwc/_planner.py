@@ -245,9 +245,7 @@ def carry_bytes(loop: Loop) -> int:
 
 def loop_bits(loop: Loop) -> int:
     """Bytes of a step's bits."""
-    if not loop.pruned or not isinstance(loop.body, Straight):
-        return 0
-    return sum(packed_bytes(v) for v in loop.body.bit_vars)
+    return sum(packed_bytes(v) for v in loop.bit_vars)
 
 
 def loop_kept(loop: Loop) -> int:

@@ -25,7 +25,7 @@ from mwc.guard import planned_shape, planned_tolerance
 from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
-from mwc.rolled import RebuiltLoop
+from mwc.rolled import RebuiltLoop, Steps
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.declared import Fact
@@ -247,25 +247,34 @@ def growth(run: Sequence[Rebuilt]) -> float:
 
 
 def rebuilt_loop(
-    loop: Loop, one: Rebuilt, tolerance: float | None
-) -> RebuiltLoop | None:
+    loop: Loop, run: Sequence[Rebuilt], tolerance: float | None
+) -> RebuiltLoop | str:
     """A loop whose steps are rebuilt, with a cotangent kept as often as it must be.
 
-    None where one step alone adds too much, or where the state that it makes is not
-    the one that the next step reads.
+    Or why there is none.
+
+    Args:
+      loop: the loop.
+      run: the stages of a step, one or those of `runs`.
+      tolerance: the user's own, or None.
     """
-    nexts = loop.body.graph.outvars
-    place = loop.body.graph.invars[loop.carries].index(one.state)
+    graph, last = loop.body.graph, run[-1]
+    nexts, carries = graph.outvars, graph.invars[loop.carries]
+    place = carries.index(run[0].state)
     if [v for v in nexts if is_inexact(v)] != [nexts[place]]:
-        return None
-    most = _SHARE * planned_tolerance(one.result.aval.dtype, tolerance)
+        return "its steps make more than the carry that the next step reads"
+    if len(run) > 1 and nexts != (last.result,):
+        return "its steps have several stages, and make more than one carry"
+    most = _SHARE * planned_tolerance(last.result.aval.dtype, tolerance)
     every = min(_LONGEST, loop.length)
-    while every > 1 and growth([one] * every) > most:
+    while every > 1 and growth([*run] * every) > most:
         every -= 1
-    if growth([one]) > most:
-        return None
-    eqns = [e for inverse in one.found.inverses for e in inverse.link.eqns]
-    work = [eqn_flops(eqn) for eqn in loop.body.graph.eqns]
+    if growth(run) > most:
+        return "one step alone rounds too much for the tolerance"
+    eqns = [
+        e for one in run for inverse in one.found.inverses for e in inverse.link.eqns
+    ]
+    work = [eqn_flops(eqn) for eqn in graph.eqns]
     push = [eqn_flops(eqn) for eqn in eqns]
     matrices = any(count.matrix for count in work)
 
@@ -273,19 +282,23 @@ def rebuilt_loop(
         return sum(c.matrix if matrices else c.elementwise for c in counts)
 
     stops = (loop.length - 1) // every
-    sketches = 4 * loop.length * math.prod(planned_shape(one.result, one.found.rows))
+    rows = min(one.found.rows for one in run)
+    marks = sum(math.prod(planned_shape(one.result, rows)) for one in run)
+    largest = max(nbytes(one.last) for one in run)
+    stages = tuple(one.stage for one in run)
+    again = total(push) + sum(stage.rerun for stage in stages)
     return RebuiltLoop(
         loop.graph,
-        one.stage,
+        stages[0] if len(run) == 1 else Steps(graph, stages),
         group=1,
         slots=0,
         pruned=True,
         # Sweep V runs every step, pushes, and reruns what gradients need.
-        leaf_forwards=1 + (total(push) + one.stage.rerun) / max(1.0, total(work)),
-        leaf_bytes=(stops + 3) * nbytes(one.last) + sketches,
-        one=one,
+        leaf_forwards=1 + again / max(1.0, total(work)),
+        leaf_bytes=stops * nbytes(last.last) + 3 * largest + 4 * loop.length * marks,
+        stages=tuple(run),
         every=every,
-        exact=_exact([one]),
+        exact=_exact(run),
         tolerance=tolerance,
     )
 

@@ -22,7 +22,7 @@ from mwc.loops import Loop
 from mwc.nodes.checkpoint import Checkpoint
 from mwc.nodes.moonwalk import Moonwalk
 from mwc.nodes.rebuild import Rebuilt
-from mwc.rolled import RebuiltLoop
+from mwc.rolled import RebuiltLoop, Steps
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.graph import Var, is_var
@@ -161,14 +161,15 @@ def _storage(row: _Row, own: Sequence[Value], read: Sequence[Value]) -> str:
 
 
 def _amplification(row: _Row) -> float | None:
-    one = row.stage.one if isinstance(row.stage, RebuiltLoop) else row.one
-    return one.found.amplification if one is not None else None
+    run = row.stage.stages if isinstance(row.stage, RebuiltLoop) else [row.one]
+    found = [one.found.amplification for one in run if one is not None]
+    known = [x for x in found if x is not None]
+    return math.prod(known) if known and len(known) == len(found) else None
 
 
 def _reason(row: _Row, own: Sequence[Value], why: Mapping[Stage, str]) -> str:
     if row.one is not None:
-        found = row.one.found
-        return f"its cotangent is rebuilt: {found.verdict.value}, {found.reason}"
+        return _rebuilt(row.one)
     if row.run is not None:
         return "its gradients are the first of sweep V, which starts here"
     reason = _treated(row, own)
@@ -177,15 +178,21 @@ def _reason(row: _Row, own: Sequence[Value], why: Mapping[Stage, str]) -> str:
     return reason
 
 
+def _rebuilt(one: Rebuilt) -> str:
+    found = one.found
+    return f"its cotangent is rebuilt: {found.verdict.value}, {found.reason}"
+
+
 def _treated(row: _Row, own: Sequence[Value]) -> str:
     """Why a stage outside runs is treated so."""
     stage = row.stage
     if isinstance(stage, RebuiltLoop):
-        assert stage.one is not None
-        found = stage.one.found
+        found = [one.found for one in stage.stages]
+        how = f"{found[0].verdict.value}, {found[0].reason}"
+        how = how if len(found) == 1 else f"its {len(found)} stages can be"
         return (
-            f"every step's cotangent is rebuilt: {found.verdict.value}, "
-            f"{found.reason}; one kept every {stage.every} steps"
+            f"every step's cotangent is rebuilt: {how}; "
+            f"one kept every {stage.every} steps"
         )
     if isinstance(stage, Branches):
         return (
@@ -229,7 +236,7 @@ def _bodies(stage: Stage, labels: Mapping[Var, Label]) -> tuple[Body, ...]:
     carry = graph.invars[stage.carries]
     if isinstance(stage.body, Chained):
         return (_body("step", stage.length, stage.body, inner, carry),)
-    return (_single(stage, inner),)
+    return (_steps(stage, inner),)
 
 
 def _body(
@@ -244,30 +251,38 @@ def _body(
     return Body(label, times, *described(chained, costs, labels, {}, carry))
 
 
-def _single(loop: Loop, labels: Mapping[Var, Label]) -> Body:
-    """The body of a loop whose step is one stage."""
+def _steps(loop: Loop, labels: Mapping[Var, Label]) -> Body:
+    """The body of a loop whose step is one stage, or several that are rebuilt."""
     body = loop.body
-    assert isinstance(body, Straight)
-    own = kept_for(body, 0, False, isinstance(loop, RebuiltLoop))
-    own = own if loop.pruned else []
-    bits = sum(math.prod(v.shape) for v in own if v.kind == "bits")
-    row = _Row(loop, 0, True)
-    record = StageRecord(
-        *_place(body),
-        strategy=_strategy(row),
-        storage="bits" if bits else "recomputed",
-        bits=bits,
-        residual_bytes=sum(v.bytes for v in own),
-        state_bytes=0,
-        backprop_bytes=step_bytes(loop),
-        extra_flops=0.0,
-        runs_again=_planner.loop_extra(loop),
-        amplification=_amplification(row),
-        reason="a step of the loop",
-    )
+    ones = loop.stages if isinstance(loop, RebuiltLoop) else [None]
+    flat = body.stages if isinstance(body, Steps) else [body]
+    carry = body.graph.invars[loop.carries]
+    several = len(flat) > 1
+    plain = backprop_bytes(flat, carry) if several else [step_bytes(loop)]
     results = {v for v in body.graph.outvars if is_var(v)}
-    values = flowing([body], labels, (), results)
-    return Body("step", loop.length, (record,), (*values, *own))
+    values = flowing(flat, labels, (), results)
+    records: list[StageRecord] = []
+    for n, (stage, one) in enumerate(zip(flat, ones, strict=True)):
+        assert isinstance(stage, Straight)
+        own = kept_for(stage, n, False, one is not None) if loop.pruned else []
+        bits = sum(math.prod(v.shape) for v in own if v.kind == "bits")
+        records.append(
+            StageRecord(
+                *_place(stage),
+                strategy=_strategy(_Row(loop, 0, True)),
+                storage="bits" if bits else "recomputed",
+                bits=bits,
+                residual_bytes=sum(v.bytes for v in own),
+                state_bytes=0,
+                backprop_bytes=plain[n],
+                extra_flops=0.0,
+                runs_again=_planner.loop_extra(loop),
+                amplification=_amplification(_Row(stage, 0, False, one=one)),
+                reason=_rebuilt(one) if one and several else "a step of the loop",
+            )
+        )
+        values += own
+    return Body("step", loop.length, tuple(records), tuple(values))
 
 
 def _again(schedule: Schedule | None, costs: Sequence[Costs]) -> list[float]:

@@ -11,7 +11,7 @@ from mwc._plan import INPUT, Value
 from mwc.guard import planned_shape
 from mwc.loops import Loop
 from mwc.packing import is_packed
-from mwc.rolled import RebuiltLoop
+from mwc.rolled import RebuiltLoop, Steps
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.graph import Graph, Var, extents, is_var, nbytes
@@ -108,17 +108,18 @@ def _kept_of_loop(loop: Loop, i: int) -> list[Value]:
     carries = loop.body.graph.invars[loop.carries]
     if loop.slots:
         found += [_stack("carry", "carries", v, loop.slots, i) for v in carries]
-    if loop.pruned and isinstance(loop.body, Straight):
-        fwd = loop.body.linear.fwd
-        for v in loop.body.bit_vars:
-            one = _residual(fwd, v, i)
+    stages = loop.body.stages if isinstance(loop.body, Steps) else (loop.body,)
+    straight = [s for s in stages if loop.pruned and isinstance(s, Straight)]
+    for stage in straight:
+        for v in stage.bit_vars:
+            one = _residual(stage.linear.fwd, v, i)
             shape, bytes_ = (loop.length, *one.shape), loop.length * one.bytes
             found.append(dataclasses.replace(one, shape=shape, bytes=bytes_))
     if isinstance(loop, RebuiltLoop):
         # Cotangents kept at stops are made on the way back: they count at the peak.
-        assert loop.one is not None
-        one = loop.one
-        found.append(_sketch(i, one.result, one.found.rows, (loop.length,)))
+        rows = min(one.found.rows for one in loop.stages)
+        steps = (loop.length,)
+        found += [_sketch(i, one.result, rows, steps) for one in loop.stages]
     return found
 
 

@@ -70,6 +70,13 @@ class Loop:
         return 0
 
     @property
+    def bit_vars(self) -> tuple[Var, ...]:
+        """What every step of the first pass keeps, in variables of derivatives."""
+        if self.pruned and isinstance(self.body, Straight):
+            return self.body.bit_vars
+        return ()
+
+    @property
     def kept(self) -> int:
         """Slots of each carry, and stacks of bits."""
         carries = self.counts[1] if self.slots else 0
@@ -170,9 +177,7 @@ class Sweeps:
     @property
     def _bit_vars(self) -> tuple[Var, ...]:
         """What every step of the first pass keeps."""
-        if self._loop.pruned and isinstance(self._body, Straight):
-            return self._body.bit_vars
-        return ()
+        return self._loop.bit_vars
 
     # One step -----------------------------------------------------------------
 

@@ -128,6 +128,21 @@ def scanned(act=relu, depth=64, width=WIDTH, batch=BATCH, product=product):
     return Program(loss, params, spec(batch, width))
 
 
+def pairs(act=jnp.abs, depth=32, width=WIDTH, batch=BATCH):
+    """Two orthogonal layers in each step of `lax.scan`."""
+
+    def loss(params, x):
+        def step(h, two):
+            for w, b in two:
+                h = act(rotate(h, w) + b)
+            return h, None
+
+        return jnp.mean(lax.scan(step, x, params)[0] ** 2)
+
+    layer_params = spec(depth, width, width), spec(depth, width)
+    return Program(loss, (layer_params, layer_params), spec(batch, width))
+
+
 def recurrent(steps=512, hidden=512, batch=4096, inputs=64):
     """An orthogonal recurrent net over time; the loss reads the last state."""
 
@@ -281,6 +296,7 @@ SUBMERSIVE: dict[str, Callable[[], Program]] = {
     "scan-abs-64-batch-512": functools.partial(
         scanned, jnp.abs, 64, batch=512, product=rotate
     ),
+    "scan-pairs-32": pairs,
     "recurrent-512": recurrent,
     "abs-64-built": functools.partial(dense, jnp.abs, 64, layer=built),
 }

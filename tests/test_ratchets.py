@@ -35,6 +35,7 @@ REBUILT = {
     "funnel-48": (46, 24),
     "scan-abs-64": (1, 30),
     "scan-abs-64-batch-512": (1, 3.75),
+    "scan-pairs-32": (1, 30),
     "recurrent-512": (1, 138),
 }
 
@@ -71,6 +72,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("abs-64-built", 2): 38.5,
         ("scan-abs-64", 2): 49.2,
         ("scan-abs-64-batch-512", 2): 11.1,
+        ("scan-pairs-32", 2): 50.2,
         ("recurrent-512", 2): 188.1,
     },
     "0.12.0.1": {
@@ -104,6 +106,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("abs-64-built", 2): 43.2,
         ("scan-abs-64", 2): 49.2,
         ("scan-abs-64-batch-512", 2): 11.1,
+        ("scan-pairs-32", 2): 50.2,
         ("recurrent-512", 2): 188.1,
     },
 }
