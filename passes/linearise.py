@@ -26,6 +26,7 @@ from passes.compare import few_masks
 from passes.graph import Graph, Var, evaluate
 from passes.inline import inline
 from passes.order import Wait
+from passes.orders import few_orders
 from passes.pooling import by_position
 from passes.selects import one_select
 
@@ -139,6 +140,6 @@ def hoisted(jaxpr: Any) -> tuple[Graph, dict[Var, Any]]:
     """A graph of a closed jaxpr, and the values of its constants."""
     inner, consts = _jax.opened(jaxpr)
     bare = _jax.closed([*inner.constvars, *inner.invars], inner.outvars, inner.eqns)
-    graph = one_select(few_masks(inline(bare)))
+    graph = one_select(few_masks(few_orders(inline(bare))))
     values = dict(zip(graph.invars, consts, strict=False))
     return Graph(graph.invars[len(consts) :], graph.outvars, graph.eqns), values

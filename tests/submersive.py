@@ -133,6 +133,7 @@ KINKS = {
     "leaky 0.9": lambda x: jax.nn.leaky_relu(x, 0.9),
     "leaky 0.5": lambda x: jax.nn.leaky_relu(x, 0.5),
     "max-min": max_min,
+    "sort": lambda x: jnp.sort(x.reshape(*x.shape[:-1], -1, 2), -1).reshape(x.shape),
 }
 LAYERS = {
     "declared": lambda x, w: layer(x, w),

@@ -1,0 +1,87 @@
+"""Orders: what a sort keeps of where its entries came from, in few bits.
+
+JAX's derivative of a sort sorts the indices along its axis too, and keeps them: four
+bytes an entry, as much as the entry itself. An index below n needs log2(n) bits. The
+graph is rewritten so that the indices follow from a narrow copy of them, an unsigned
+integer as narrow as n allows; of pairs, which a sort swaps or leaves, from one bool a
+pair. A minimum cut then keeps that. Limits: axes of at most 65,536 entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from passes import _jax
+from passes.graph import Graph, extents, is_var, read
+from passes.inline import inline
+
+Array = Any
+Eqn = Any
+
+_MOST = 2  # bytes of an index
+
+
+def few_orders(graph: Graph) -> Graph:
+    """Rewrites sorts that sort the indices along their axis as well.
+
+    Args:
+      graph: any program; nothing else of it changes.
+
+    Returns:
+      The graph itself where there is no such sort, else one with new variables.
+    """
+    found = {i: at for i, eqn in enumerate(graph.eqns) if (at := _orders(graph, eqn))}
+    if not found:
+        return graph
+
+    def run(*args: Any) -> list[Any]:
+        env = dict(zip(graph.invars, args, strict=True))
+        for i, eqn in enumerate(graph.eqns):
+            outs = _jax.bind(eqn, [read(env, v) for v in eqn.invars])
+            for k in found.get(i, []):
+                outs[k] = _narrowed(outs[k], eqn.params["dimension"])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(env, v) for v in graph.outvars]
+
+    avals = [v.aval for v in graph.invars]
+    jaxpr, consts = _jax.opened(jax.make_jaxpr(run)(*avals))
+    if consts:
+        return graph
+    return inline(_jax.closed(jaxpr.invars, jaxpr.outvars, jaxpr.eqns))
+
+
+def _orders(graph: Graph, eqn: Eqn) -> list[int]:
+    """Which results of an equation are indices along the axis that it sorts."""
+    if eqn.primitive.name != "sort" or any(_jax.is_split(v.aval) for v in eqn.outvars):
+        return []
+    axis = eqn.params["dimension"]
+    found = []
+    for k, v in enumerate(eqn.invars):
+        made = graph.producer.get(v) if is_var(v) else None
+        if made is None or graph.eqns[made].primitive.name != "iota":
+            continue
+        narrow = _width(extents(v)[axis]) < v.aval.dtype.itemsize
+        if graph.eqns[made].params["dimension"] == axis and narrow:
+            found.append(k)
+    return found
+
+
+def _width(count: int) -> int:
+    """Bytes of an index; more than any has where it is not worth it."""
+    width = np.min_scalar_type(max(count - 1, 0)).itemsize
+    return width if count > 1 and width <= _MOST else 2**31
+
+
+def _narrowed(order: Array, axis: int) -> Array:
+    """The same indices, from as few bits as they need."""
+    count = order.shape[axis]
+    if count == 2:
+        swapped = lax.index_in_dim(order, 0, axis) != 0
+        first = swapped.astype(order.dtype)
+        return jnp.concatenate([first, 1 - first], axis)
+    return order.astype(np.min_scalar_type(count - 1)).astype(order.dtype)
