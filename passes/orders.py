@@ -2,9 +2,9 @@
 
 JAX's derivative of a sort sorts the indices along its axis too, and keeps them: four
 bytes an entry, as much as the entry itself. An index below n needs log2(n) bits. The
-graph is rewritten so that the indices follow from a narrow copy of them, an unsigned
-integer as narrow as n allows; of pairs, which a sort swaps or leaves, from one bool a
-pair. A minimum cut then keeps that. Limits: axes of at most 65,536 entries.
+graph is rewritten so that the indices follow from planes of bools, one a bit; of pairs,
+which a sort swaps or leaves, from one bool a pair. A minimum cut then keeps those,
+packed. Limits: axes of at most 65,536 entries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from passes import _jax
@@ -23,7 +22,7 @@ from passes.inline import inline
 Array = Any
 Eqn = Any
 
-_MOST = 2  # bytes of an index
+_MOST = 16  # bits of an index
 
 
 def few_orders(graph: Graph) -> Graph:
@@ -65,16 +64,10 @@ def _orders(graph: Graph, eqn: Eqn) -> list[int]:
         made = graph.producer.get(v) if is_var(v) else None
         if made is None or graph.eqns[made].primitive.name != "iota":
             continue
-        narrow = _width(extents(v)[axis]) < v.aval.dtype.itemsize
-        if graph.eqns[made].params["dimension"] == axis and narrow:
+        along = graph.eqns[made].params["dimension"] == axis
+        if along and 1 < extents(v)[axis] <= 2**_MOST:
             found.append(k)
     return found
-
-
-def _width(count: int) -> int:
-    """Bytes of an index; more than any has where it is not worth it."""
-    width = np.min_scalar_type(max(count - 1, 0)).itemsize
-    return width if count > 1 and width <= _MOST else 2**31
 
 
 def _narrowed(order: Array, axis: int) -> Array:
@@ -84,4 +77,8 @@ def _narrowed(order: Array, axis: int) -> Array:
         swapped = lax.index_in_dim(order, 0, axis) != 0
         first = swapped.astype(order.dtype)
         return jnp.concatenate([first, 1 - first], axis)
-    return order.astype(np.min_scalar_type(count - 1)).astype(order.dtype)
+    found = jnp.zeros_like(order)
+    for bit in range((count - 1).bit_length()):
+        plane = (order & (1 << bit)) != 0
+        found += plane.astype(order.dtype) << bit
+    return found

@@ -27,9 +27,9 @@ SORTS = {
         lambda x: jnp.sort(x.reshape(-1, 12, 2), -1, descending=True),
         12 / 8,
     ),
-    "groups": (lambda x: jnp.sort(x.reshape(-1, 6, 4), -1), 24),
-    "rows": (lambda x: jnp.sort(x, -1), 24),
-    "columns": (lambda x: jnp.sort(x, 0), 2 * 24),
+    "groups": (lambda x: jnp.sort(x.reshape(-1, 6, 4), -1), 24 * 2 / 8),
+    "rows": (lambda x: jnp.sort(x, -1), 24 * 5 / 8),
+    "columns": (lambda x: jnp.sort(x, 0), 24 * 9 / 8),
     "with another": (lambda x: lax.sort((x, jnp.cos(x)), num_keys=1)[1], None),
 }
 ROWS = 300
