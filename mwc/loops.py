@@ -174,11 +174,6 @@ class Sweeps:
         self._y_vars = outvars[carries:]
         self._length = loop.length
 
-    @property
-    def _bit_vars(self) -> tuple[Var, ...]:
-        """What every step of the first pass keeps."""
-        return self._loop.bit_vars
-
     # One step -----------------------------------------------------------------
 
     def at(self, step: Array) -> Array:
@@ -216,7 +211,7 @@ class Sweeps:
         for slot, leaf in enumerate(loop.plan.spine):
             marks[leaf * loop.group] = slot
         table = jnp.asarray(marks)
-        bit_vars = self._bit_vars
+        bit_vars = loop.bit_vars
         slots = [stacks.repeat(x, loop.slots) for x in self._init] if loop.slots else []
         bits = [stacks.zeros(self._length, stacks.packed(v), v) for v in bit_vars]
         results = loop.eqn.outvars[loop.counts[1] :]
