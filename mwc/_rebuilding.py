@@ -266,7 +266,7 @@ def rebuilt_loop(
     if len(run) > 1 and nexts != (last.result,):
         return "its steps have several stages, and make more than one carry"
     most = _SHARE * planned_tolerance(last.result.aval.dtype, tolerance)
-    every = min(_LONGEST, loop.length)
+    every = max(1, min(_LONGEST // len(run), loop.length))
     while every > 1 and growth([*run] * every) > most:
         every -= 1
     if growth(run) > most:

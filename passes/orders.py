@@ -4,7 +4,7 @@ JAX's derivative of a sort sorts the indices along its axis too, and keeps them:
 bytes an entry, as much as the entry itself. An index below n needs log2(n) bits. The
 graph is rewritten so that the indices follow from planes of bools, one a bit; of pairs,
 which a sort swaps or leaves, from one bool a pair. A minimum cut then keeps those,
-packed. Limits: axes of at most 65,536 entries.
+packed. Limits: axes of at most 65,536 entries, in numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from passes import _jax
-from passes.graph import Graph, extents, is_var, read
+from passes.graph import Graph, is_var, read
 from passes.inline import inline
+from passes.sizes import is_symbolic
 
 Array = Any
 Eqn = Any
@@ -65,7 +66,9 @@ def _orders(graph: Graph, eqn: Eqn) -> list[int]:
         if made is None or graph.eqns[made].primitive.name != "iota":
             continue
         along = graph.eqns[made].params["dimension"] == axis
-        if along and 1 < extents(v)[axis] <= 2**_MOST:
+        wide = v.aval.dtype.kind in "iu" and 8 * v.aval.dtype.itemsize > _MOST
+        count = v.aval.shape[axis]
+        if along and wide and not is_symbolic(count) and 1 < count <= 2**_MOST:
             found.append(k)
     return found
 

@@ -249,13 +249,15 @@ class Moonwalk(Whole):
         """Whether it is one weight that is not small beside a state."""
         return len(group) == 1 and nbytes(group[0][1].var) > self._most
 
-    def _times(self, batch: Sequence[Group], h: Array, values: Values) -> Array | None:
+    def _times(
+        self, batch: Sequence[Group], token: Array, values: Values
+    ) -> Array | None:
         """`times_of` weights that are arguments, one in each group."""
         of = batch[0][0][1]
         if not (self._refined(batch[0]) and of.given):
             return None
         given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return times_of([values[v] for v in given], of, h)
+        return times_of([values[v] for v in given], of, token)
 
     def _polish(
         self,
@@ -327,10 +329,13 @@ class Moonwalk(Whole):
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(marks)]
         found: Values = {}
-        checks: dict[int, list[list[Group]]] = {}
-        for batch in batches(together([one.claims for one in stages], self._most)):
-            checks.setdefault(batch[0][0][0], []).append(batch)
         turns: dict[int, list[tuple[Group, Array | None]]] = {}
+        token = h
+        for batch in batches(together([one.claims for one in stages], self._most)):
+            often = self._times(batch, token, values)
+            token = token if often is None else often
+            for group in batch:
+                turns.setdefault(group[0][0], []).append((group, often))
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
@@ -343,12 +348,8 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
-            for batch in checks.get(i, []):
-                often = self._times(batch, h, values)
-                for group in batch:
-                    turns.setdefault(group[0][0], []).append((group, often))
             times: Values = {}
-            for group, often in turns.pop(i, []):
+            for group, often in turns.get(i, []):
                 if self._refined(group):
                     times |= {} if often is None else {group[0][1].var: often}
                     continue

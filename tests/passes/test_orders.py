@@ -1,6 +1,7 @@
 """Orders: what a sort keeps is narrow, and its derivative is JAX's own."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +65,36 @@ def test_orders_that_are_results():
         found = evaluate(linear.fwd, {linear.fwd.invars[0]: rows}, linear.outs)[0]
         assert found.dtype == jnp.argsort(rows).dtype
         np.testing.assert_array_equal(found, jnp.argsort(rows))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32, jnp.uint8])
+def test_indices_of_the_user(dtype):
+    """What is sorted beside is a result as well, of any dtype."""
+    x = np.random.default_rng(0).integers(-3, 3, (5, 24)).astype(np.float32)
+
+    def fun(x):
+        return lax.sort((x, lax.broadcasted_iota(dtype, x.shape, 1)), num_keys=1)
+
+    linear = linearise(from_jaxpr(jax.make_jaxpr(fun)(x)), (True,))
+    found = evaluate(linear.fwd, {linear.fwd.invars[0]: x}, linear.outs)
+    for mine, true in zip(found, fun(x), strict=True):
+        assert mine.dtype == true.dtype
+        np.testing.assert_array_equal(mine, true)
+
+
+def test_symbolic_sizes():
+    """Along an axis whose size is a symbol, the order stays as it is."""
+
+    def loss(w, x):
+        return jnp.sum(jnp.sort(jnp.sort(pairs(x @ w), 0), 1) ** 3)
+
+    ours = jax.jit(jax.grad(moonwalk_compile(loss)))
+    spec = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 24"), jnp.float32)
+    w = np.float32(isometry(24, 24))
+    exported = jax.export.export(ours)(w, spec)
+    x = np.random.default_rng(0).standard_normal((9, 24)).astype(np.float32)
+    true = jax.grad(loss)(w, x)
+    np.testing.assert_allclose(exported.call(w, x), true, rtol=0, atol=1e-4)
 
 
 def test_sorted_pairs_are_rebuilt_from_bits():
