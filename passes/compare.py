@@ -18,12 +18,11 @@ import collections
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import lax
 
 from passes import _jax
-from passes.graph import Graph, is_var, read
-from passes.inline import inline
+from passes.graph import Graph, Var, is_var, read
+from passes.inline import rewritten
 
 Pair = tuple[Any, Any]
 
@@ -54,26 +53,18 @@ def few_masks(graph: Graph) -> Graph:
     if not many:
         return graph
 
-    def run(*args: Any) -> list[Any]:
-        env = dict(zip(graph.invars, args, strict=True))
-        masks: dict[Pair, tuple[Any, Any]] = {}
-        for i, eqn in enumerate(graph.eqns):
-            if i in many:
-                pair, name = many[i]
-                if pair not in masks:
-                    a, b = (read(env, v) for v in pair)
-                    masks[pair] = lax.ge(a, b), lax.le(a, b)
-                outs = [_FROM_TWO[name](*masks[pair])]
-            else:
-                outs = _jax.bind(eqn, [read(env, v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(env, v) for v in graph.outvars]
+    masks: dict[Pair, tuple[Any, Any]] = {}
 
-    avals = [v.aval for v in graph.invars]
-    jaxpr, consts = _jax.opened(jax.make_jaxpr(run)(*avals))
-    if consts:
-        return graph
-    return inline(_jax.closed(jaxpr.invars, jaxpr.outvars, jaxpr.eqns))
+    def bind(i: int, eqn: Any, env: dict[Var, Any]) -> list[Any]:
+        if i not in many:
+            return _jax.bind(eqn, [read(env, v) for v in eqn.invars])
+        pair, name = many[i]
+        if pair not in masks:
+            a, b = (read(env, v) for v in pair)
+            masks[pair] = lax.ge(a, b), lax.le(a, b)
+        return [_FROM_TWO[name](*masks[pair])]
+
+    return rewritten(graph, bind)
 
 
 def _comparisons(graph: Graph) -> dict[int, tuple[Pair, str]]:

@@ -8,10 +8,13 @@ equations. Limits: a `jit` with its own shardings or compiler options is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from passes import _jax
-from passes.graph import Graph, is_var
+from passes.graph import Graph, Var, is_var, read
 
 
 def inline(jaxpr: Any) -> Graph:
@@ -54,6 +57,33 @@ def _emit(jaxpr: Any, operands: list[Any], outer: Any, into: list[Any]) -> list[
             env.update(zip(eqn.outvars, outvars, strict=True))
         into.append(eqn.replace(invars=invars, outvars=outvars, source_info=source))
     return [look(v) for v in jaxpr.outvars]
+
+
+def rewritten(
+    graph: Graph, bind: Callable[[int, Any, dict[Var, Any]], list[Any]]
+) -> Graph:
+    """The graph with other equations in place of its own, in new variables.
+
+    Args:
+      graph: any program.
+      bind: gives the results of an equation from its place, itself, and the values of
+        variables so far; called once for each.
+
+    Returns:
+      The graph itself where the new one would have arrays of its own.
+    """
+
+    def run(*args: Any) -> list[Any]:
+        env = dict(zip(graph.invars, args, strict=True))
+        for i, eqn in enumerate(graph.eqns):
+            env.update(zip(eqn.outvars, bind(i, eqn, env), strict=True))
+        return [read(env, v) for v in graph.outvars]
+
+    made = jax.make_jaxpr(run)(*[v.aval for v in graph.invars])
+    jaxpr, consts = _jax.opened(made)
+    if consts:
+        return graph
+    return inline(_jax.closed(jaxpr.invars, jaxpr.outvars, jaxpr.eqns))
 
 
 def prune(graph: Graph) -> Graph:

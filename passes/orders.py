@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from passes import _jax
-from passes.graph import Graph, is_var, read
-from passes.inline import inline
+from passes.graph import Graph, Var, is_var, read
+from passes.inline import rewritten
 from passes.sizes import is_symbolic
 
 Array = Any
@@ -39,20 +38,13 @@ def few_orders(graph: Graph) -> Graph:
     if not found:
         return graph
 
-    def run(*args: Any) -> list[Any]:
-        env = dict(zip(graph.invars, args, strict=True))
-        for i, eqn in enumerate(graph.eqns):
-            outs = _jax.bind(eqn, [read(env, v) for v in eqn.invars])
-            for k in found.get(i, []):
-                outs[k] = _narrowed(outs[k], eqn.params["dimension"])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(env, v) for v in graph.outvars]
+    def bind(i: int, eqn: Eqn, env: dict[Var, Any]) -> list[Any]:
+        outs = _jax.bind(eqn, [read(env, v) for v in eqn.invars])
+        for k in found.get(i, []):
+            outs[k] = _narrowed(outs[k], eqn.params["dimension"])
+        return outs
 
-    avals = [v.aval for v in graph.invars]
-    jaxpr, consts = _jax.opened(jax.make_jaxpr(run)(*avals))
-    if consts:
-        return graph
-    return inline(_jax.closed(jaxpr.invars, jaxpr.outvars, jaxpr.eqns))
+    return rewritten(graph, bind)
 
 
 def _orders(graph: Graph, eqn: Eqn) -> list[int]:

@@ -127,8 +127,8 @@ def test_weights_that_have_moved(name, size, off):
         assert worst(grads, jax.grad(loss)(*args)) <= 1e-5
 
 
-def test_only_the_last_stage_of_a_step_is_wrong():
-    """Each stage has its own reading."""
+def test_one_weight_of_the_last_step_trips():
+    """Whichever of the step's stages it is in."""
     loss, params, batch = mixer()
     for at in (0, 1):
         args = jax.tree.map(np.float32, (params, batch))
