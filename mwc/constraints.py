@@ -192,7 +192,8 @@ def _polar(raw: Array) -> Array:
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         q, _, count = state
         error = _gram(q) - eye
-        return q - _dot(q, error) / 2, jnp.max(jnp.abs(error)), count + 1
+        # Not the largest entry: an error in one direction is small in each of them.
+        return q - _dot(q, error) / 2, jnp.max(_norm(error)), count + 1
 
     # Squares of entries far from 1 would overflow or vanish.
     size = jnp.max(jnp.abs(raw), axis=(-2, -1), keepdims=True)
