@@ -35,17 +35,21 @@ from tests import programs
 METHODS = ("backprop", "checkpoint", "mwc")
 
 
-def arguments(name):
-    """A program with its arguments; weights of orthogonal rows are orthogonal."""
+def arguments(name, maker=None):
+    """A program with its arguments, made on a device of a platform.
+
+    Weights of orthogonal rows are orthogonal.
+    """
     program = programs.ROWS[name]()
-    params, batch = program.concrete()
-    if name in programs.SUBMERSIVE:
-        near = jax.jit(mwc.constraints.orthogonal)
-        axes = max(leaf.ndim for leaf in jax.tree.leaves(params))
-        params = jax.tree.map(
-            lambda p: near(p).astype(p.dtype) if p.ndim == axes else p, params
-        )
-    return program, params, batch
+    with jax.default_device(jax.devices(maker)[0]):
+        params, batch = program.concrete()
+        if name in programs.SUBMERSIVE:
+            near = jax.jit(mwc.constraints.orthogonal)
+            axes = max(leaf.ndim for leaf in jax.tree.leaves(params))
+            params = jax.tree.map(
+                lambda p: near(p).astype(p.dtype) if p.ndim == axes else p, params
+            )
+    return program, jax.device_put((params, batch), jax.devices()[0])
 
 
 def checkpointed(program, params, batch):
@@ -62,15 +66,14 @@ def checkpointed(program, params, batch):
     return lambda *args: run(*jax.tree.leaves(args))[0]
 
 
-def gradient(method, name):
-    """The jitted gradient with its arguments."""
-    program, params, batch = arguments(name)
+def lowered(method, program, args):
+    """The gradient under a method, to be compiled."""
     loss, aux = program.loss, program.has_aux
     if method == "checkpoint":
-        loss, aux = checkpointed(program, params, batch), False
+        loss, aux = checkpointed(program, *args), False
     if method == "mwc":
         loss = mwc.moonwalk_compile(loss, has_aux=aux)
-    return jax.jit(jax.grad(loss, has_aux=aux)), (params, batch)
+    return jax.jit(jax.grad(loss, has_aux=aux)).lower(*args)
 
 
 def cached(folder):
@@ -84,11 +87,11 @@ def seconds(name, repeats, folder):
     """Of each method its times, seconds to compile, and its error."""
     cached(folder)
     found, runs, grads = {}, {}, {}
+    program, args = arguments(name)
     for method in METHODS:
-        run, args = gradient(method, name)
-        lowered = run.trace(*args).lower()
+        form = lowered(method, program, args)
         start = time.perf_counter()
-        runs[method] = lowered.compile()
+        runs[method] = form.compile()
         spent = time.perf_counter() - start
         grads[method] = jax.block_until_ready(runs[method](*args))
         temp = runs[method].memory_analysis().temp_size_in_bytes
@@ -109,8 +112,9 @@ def seconds(name, repeats, folder):
 def peak(method, name, folder):
     """The allocator's peak beyond the arguments; None where it does not say."""
     cached(folder)
-    run, args = gradient(method, name)
-    run = run.trace(*args).lower().compile()
+    # What makes the arguments elsewhere does not count.
+    program, args = arguments(name, "cpu")
+    run = lowered(method, program, args).compile()
     jax.block_until_ready(args)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}

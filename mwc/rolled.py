@@ -240,7 +240,7 @@ class _Rebuilding(Sweeps):
         wanted: Collection[Var],
     ) -> Values:
         """Sweep V: gradients of constants and per-step inputs, checked."""
-        loop, last = self._rebuilt, self._stages[-1]
+        loop, last, asked = self._rebuilt, self._stages[-1], [*c_vars, *x_vars]
         groups = [self._init, self._consts, self._xs, *kept]
         held = iter(tie([x for group in groups for x in group], h))
         groups = [[next(held) for _ in group] for group in groups]
@@ -267,6 +267,7 @@ class _Rebuilding(Sweeps):
             lost = self._each([stacks.take(t, i) for t in ties], self._ties)
             for j, one in enumerate(self._stages):
                 weights, times = self._weights(one, settled[j], h, values, every[j])
+                h, grads = one.summed(values, every[j], h, asked)
                 known = one.push(values, every[j], h, lost[j], weights, times)
                 # Or XLA makes one product of this one and the state's, and copies.
                 h, values[one.state] = barrier([known[one.last], values[one.state]])
@@ -274,7 +275,8 @@ class _Rebuilding(Sweeps):
                 # A reading that is NaN stays: jnp.maximum passes it on.
                 seen = guard.reading(stacks.take(marks[j], i), take(h))
                 worst = jnp.maximum(worst, seen)
-                grads = one.gradients(values, every[j], known, {*c_vars, *x_vars})
+                others = [v for v in asked if v not in grads]
+                grads |= one.gradients(values, every[j], known, others)
                 g_consts = [
                     g + grads[v] if v in grads else g
                     for g, v in zip(g_consts, c_vars, strict=True)

@@ -23,9 +23,9 @@ from tests.submersive import isometry
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def a_claim(*shape, axis=1, scale=1.0, given=True):
+def a_claim(*shape, axis=1, scale=1.0, given=True, rounded=False):
     (var,) = jax.make_jaxpr(lambda w: w)(jnp.zeros(shape, jnp.float32)).jaxpr.invars
-    return Claim(var, Layout((), (1 - axis,), (axis,)), scale, given)
+    return Claim(var, Layout((), (1 - axis,), (axis,)), scale, given, rounded)
 
 
 def mended(weights, of):
@@ -60,6 +60,28 @@ def test_newton_steps(axis, scale):
     for weight, found in zip(moved, made, strict=True):
         right = np.asarray(found if axis else found.T, np.float64) / scale
         np.testing.assert_allclose(weight.T @ right, np.eye(k), atol=3e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_rounded_weights(axis, scale):
+    """Without a look at them: what the terms leave is E^4."""
+    n, k = 12, 7
+    noise = np.random.default_rng(0).standard_normal((3, n, k))
+    size = np.array([0, 1e-3, 1e-2])[:, None, None]
+    moved = np.sqrt(scale) * (np.stack([isometry(n, k)] * 3) + size * noise)
+    given = jnp.asarray(moved if axis else np.swapaxes(moved, 1, 2), jnp.bfloat16)
+    shape = (n, k) if axis else (k, n)
+    of = a_claim(*shape, axis=axis, scale=scale, rounded=True)
+    assert gap_of([given], of, given) is None
+    made = polished(given.astype(jnp.float32), of, None)
+    for weight, found in zip(given, made, strict=True):
+        weight = np.asarray(weight if axis else weight.T, np.float64)
+        error = np.linalg.norm(weight.T @ weight / scale - np.eye(k), 2)
+        right = np.asarray(found if axis else found.T, np.float64) / scale
+        left = np.linalg.norm(weight.T @ right - np.eye(k), 2)
+        assert 1e-3 < error < 0.15
+        assert left <= error**4 + 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

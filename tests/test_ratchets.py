@@ -62,17 +62,17 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("transformer-12", 2): 480.2,
         ("resnet-18", 1): 400.1,
         ("resnet-18", 2): 400.1,
-        ("abs-64", 2): 36.5,
+        ("abs-64", 2): 40.2,
         ("abs-64-batch-512", 2): 7.1,
         ("abs-256", 2): 51.5,
-        ("abs-64-bfloat16", 2): 33.5,
-        ("leaky9-64", 2): 36.5,
+        ("abs-64-bfloat16", 2): 35.5,
+        ("leaky9-64", 2): 40.5,
         ("maxmin-64-orthogonal", 2): 42.8,
         ("funnel-48", 2): 53.2,
         ("abs-64-built", 2): 38.5,
         ("scan-abs-64", 2): 49.2,
         ("scan-abs-64-batch-512", 2): 11.1,
-        ("scan-pairs-32", 2): 50.2,
+        ("scan-pairs-32", 2): 58.3,
         ("recurrent-512", 2): 188.1,
     },
     "0.12.0.1": {
@@ -96,10 +96,10 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("transformer-12", 2): 480.0,
         ("resnet-18", 1): 404.7,
         ("resnet-18", 2): 404.7,
-        ("abs-64", 2): 33.9,
+        ("abs-64", 2): 33.0,
         ("abs-64-batch-512", 2): 7.1,
-        ("abs-256", 2): 49.2,
-        ("abs-64-bfloat16", 2): 28.5,
+        ("abs-256", 2): 41.2,
+        ("abs-64-bfloat16", 2): 31.4,
         ("leaky9-64", 2): 40.2,
         ("maxmin-64-orthogonal", 2): 40.4,
         ("funnel-48", 2): 60.0,
@@ -182,7 +182,7 @@ def test_code_is_linear_in_depth():
     # stage, of which backpropagation has 22 and 68.
     lowered, compiled = (long - middle) / 16
     assert lowered < (11 if CPU_DROPS_BARRIERS else 8)
-    assert compiled < (506 if CPU_DROPS_BARRIERS else 318)
+    assert compiled < (506 if CPU_DROPS_BARRIERS else 322)
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]

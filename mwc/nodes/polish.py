@@ -5,7 +5,10 @@ optimizer has moved it, R = M / c is off by E = M^T R - I, and Newton steps
 R <- R (2 I - M^T R) square E each: three serve |E| up to 5e-2. They cost n^3, nothing
 per sample. A weight that is large beside a state stays as it is: what it makes is
 refined instead, up to seven times, which comes to the same. Nothing is done where a
-weight is exact: four random rows tell.
+weight is exact: four random rows tell. One of less than 32 bits never is, so nobody
+looks: the first terms of R = M (I + F + F^2 + F^3) / c with F = I - M^T M / c do for
+|E| up to 0.1 in its tolerance. They are no loop, whose condition a GPU would wait for,
+and want no more precision than TF32, in which M is exact and F alone is rounded.
 Source: DESIGN section 2. Limits: a map with one product by a matrix, as a convolution
 of windows side by side is too; others rely on the claim alone. What the steps cannot
 mend is seen by the guard.
@@ -98,12 +101,14 @@ class Claim:
       layout: its axes.
       scale: c in M^T M = c I.
       given: whether it is an argument as it is, which costs nothing to look at.
+      rounded: whether its entries are those of a type of less than 32 bits.
     """
 
     var: Var
     layout: Layout
     scale: float
     given: bool = False
+    rounded: bool = False
 
     def alike(self, other: Claim) -> bool:
         """Whether both can be polished at once."""
@@ -112,8 +117,8 @@ class Claim:
         return same and self._kind == other._kind
 
     @property
-    def _kind(self) -> tuple[Layout, float, bool]:
-        return self.layout, self.scale, self.given
+    def _kind(self) -> tuple[Layout, float, bool, bool]:
+        return self.layout, self.scale, self.given, self.rounded
 
 
 Group = list[tuple[int, Claim]]
@@ -144,16 +149,19 @@ def claim(
     ((side, v),) = weights
     layout = _layout(eqn, side, v)
     # What is orthogonal by construction is so no longer once it is rounded.
-    exact = inverse.verdict is not Verdict.GENERIC
+    exact, rounded = (
+        inverse.verdict is not Verdict.GENERIC,
+        is_narrow(residuals[v].aval),
+    )
     beside = factor(inverse.link)
-    if not beside or (exact and not is_narrow(residuals[v].aval)):
+    if not beside or (exact and not rounded):
         return None
     if layout is None or not jnp.issubdtype(v.aval.dtype, jnp.floating):
         return None
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
-    return Claim(v, layout, inverse.scale / beside**2, given)
+    return Claim(v, layout, inverse.scale / beside**2, given, rounded)
 
 
 def _layout(eqn: Eqn, side: int, weight: Var) -> Layout | None:
@@ -182,7 +190,8 @@ def most_polished(state: Var) -> int:
     Args:
       state: that of which the weights' products are made.
     """
-    return int(_SHARE * nbytes(state))
+    # Its cotangent is no narrower than float32.
+    return int(_SHARE * max(nbytes(state), 4 * math.prod(state.aval.shape)))
 
 
 def together(claims: Sequence[Sequence[Claim]], most: int) -> list[Group]:
@@ -227,15 +236,18 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
     return found
 
 
-def gap_of(stacks: Sequence[Array], of: Claim, token: Array) -> Array:
+def gap_of(stacks: Sequence[Array], of: Claim, token: Array) -> Array | None:
     """How far weights alike are from their claim, as a scalar for `polished`.
 
     Args:
       stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
       token: what must be there before they are looked at.
+
+    Returns:
+      The scalar; None for weights of which none is exact.
     """
-    return _gap(list(stacks), token, of.layout, of.scale)
+    return None if of.rounded else _gap(list(stacks), token, of.layout, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -255,7 +267,7 @@ def _gap(stacks: list[Array], token: Array, layout: Layout, scale: float) -> Arr
     return jnp.sum(gap**2)
 
 
-def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
+def polished(stack: Array, of: Claim, gap: Array | None) -> list[Array]:
     """C times right inverses of weights alike, of their shape and dtype.
 
     Args:
@@ -264,7 +276,22 @@ def polished(stack: Array, of: Claim, gap: Array) -> list[Array]:
       gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
         not mended: the guard trips.
     """
+    if gap is None:
+        return _unrounded(stack, of.layout, of.scale)
     return _polished(stack, gap, of.layout, of.scale)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _unrounded(stack: Array, layout: Layout, scale: float) -> list[Array]:
+    m, axis = layout.matrices(stack).astype(jnp.float32), layout.axis
+    dot = functools.partial(_dot, precision=lax.Precision.DEFAULT)
+    gram = dot(m, 1 - axis, m, 1 - axis) / scale
+    f = jnp.eye(gram.shape[-1], dtype=gram.dtype) - gram
+    square = dot(f, 1, f, 0)
+    terms = f + square + dot(f, 1, square, 0)
+    r = m + (dot(m, 1, terms, 0) if axis else dot(terms, 0, m, 0))
+    made = layout.weight(r, stack).astype(stack.dtype)
+    return [made[i] for i in range(len(stack))]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -294,7 +321,8 @@ def times_of(weights: Sequence[Array], of: Claim, token: Array) -> Array:
       token: what must be there before they are looked at.
     """
     count = math.prod(of.var.aval.shape[a] for a in of.layout.columns)
-    return _times(gap_of(weights, of, token), count, of.scale)
+    gap = _gap(list(weights), token, of.layout, of.scale)
+    return _times(gap, count, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -354,8 +382,10 @@ def _step(m: Array, r: Array, axis: int, scale: float) -> Array:
     return r + r - (_dot(r, 1, gram, 0) if axis else _dot(gram, 0, r, 0))
 
 
-def _dot(a: Array, i: int, b: Array, j: int) -> Array:
+def _dot(
+    a: Array, i: int, b: Array, j: int, precision: Any = lax.Precision.HIGHEST
+) -> Array:
     """The product over axes i and j of matrices, or of stacks of them."""
     batch = tuple(range(a.ndim - 2))
     dims = ((i + len(batch),), (j + len(batch),)), (batch, batch)
-    return lax.dot_general(a, b, dims, precision=lax.Precision.HIGHEST)
+    return lax.dot_general(a, b, dims, precision=precision)

@@ -119,14 +119,16 @@ def forth(
     claimed = [*zip(one.claims, at.weights, at.times, strict=True)]
     weights = {of.var: w for of, w, _ in claimed if w is not None}
     times = {of.var: n for of, w, n in claimed if w is None}
-    known = one.push(values, at.bits, at.h, at.ties, weights, times)
+    wanted = [v for v, a in zip(one.stage.graph.invars, asked, strict=True) if a]
+    h, grads = one.summed(values, at.bits, at.h, wanted)
+    known = one.push(values, at.bits, h, at.ties, weights, times)
     # Or XLA makes one product of this one and the state's, and copies of both.
     h, values[one.state] = barrier([known[one.last], values[one.state]])
     known[one.last] = h
     found = check.take(h)
     passes = guard.compare(check.expected, found, check.limit, check.unit, check.before)
-    wanted = [v for v, a in zip(one.stage.graph.invars, asked, strict=True) if a]
-    grads = one.gradients(values, at.bits, known, wanted)
+    wanted = [v for v in wanted if v not in grads]
+    grads |= one.gradients(values, at.bits, known, wanted)
     # Now, not at the end: selected then, each would be kept beside its result.
     safe = dict(zip(grads, guard.nan_unless(passes, [*grads.values()]), strict=True))
     result = one.advance(values, at.bits) if more else None
