@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.submersive import Case, isometry, normal
 from tests.test_moonwalk_edges import DEPTH, WIDTH, arguments, check, rotate
 
 pytestmark = pytest.mark.usefixtures("x64", "quick")
@@ -30,3 +31,29 @@ def test_stages_that_differ_by_what_is_in_the_code(own):
         return jnp.mean(x**3)
 
     assert check(loss, *arguments()) >= DEPTH - 2
+
+
+def test_sums_of_a_cotangent_are_there_before_it_is_pushed():
+    """A bias's gradient, not what is as large as a state or needs another cotangent."""
+
+    def stage(x, bias, skip, w):
+        return rotate(jnp.abs(x + skip + bias), w)
+
+    args = normal(16, 8), normal(8), normal(16, 8), isometry(8, 8)
+    one = Case(stage, *args).rebuilt
+    _, bias, skip, w = names = one.stage.graph.invars
+    values = dict(zip(names, map(jnp.asarray, args), strict=True))
+    bits = one.stage.first(dict(values), False, False)
+
+    def summed(h):
+        h, grads = one.summed(values, bits, h, [bias, skip, w])
+        assert [*grads] == [bias]
+        return h, grads[bias]
+
+    h = normal(16, 8)
+    for mine, true in zip(summed(h), (h, h.sum(0)), strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-12)
+    jaxpr = jax.make_jaxpr(summed)(h).jaxpr
+    (held,) = (e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier")
+    assert [*held.outvars] == [*jaxpr.outvars]
+    assert held.invars[0] is jaxpr.invars[0]
