@@ -18,10 +18,11 @@ Source: DESIGN section 5, whose limit is three times this one in float32: over 6
 perturbed runs readings between the two came with gradients that were off by up to four
 tolerances, and no reading below this one with more than one tolerance. Where products
 of float32 are rounded to TF32 the limit is as there: rounding alone reads 4.1e-4
-sqrt(n) after n exact layers (emulated), and gradients are off by 0.8 of a reading at
-most. Limits: an error that the signs cancel is missed with the probability that all
-sums cancel at once; features of one row are not told apart, so an error in some whose
-cotangents are tiny beside the others' counts as little as they do.
+sqrt(n) after n exact layers (emulated; 64 of them on an H100 read up to 3.9e-3 in 100
+steps of training), and gradients are off by 0.8 of a reading at most. Limits: an error
+that the signs cancel is missed with the probability that all sums cancel at once;
+features of one row are not told apart, so an error in some whose cotangents are tiny
+beside the others' counts as little as they do.
 """
 
 from __future__ import annotations

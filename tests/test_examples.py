@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pathlib
@@ -10,9 +11,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mwc.memory import plugin
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,6 +66,25 @@ def test_digits_says_what_a_target_lacks(tmp_path, monkeypatch, capsys):
 def test_memory_table():
     said = run("examples/memory_table.py", "--help")
     assert "--target" in said
+
+
+def test_run_table(monkeypatch):
+    table = importlib.import_module("examples.run_table")
+    small = functools.partial(
+        programs.dense, jnp.abs, 12, 16, 64, layer=programs.rotate
+    )
+    for rows in (programs.ROWS, programs.SUBMERSIVE):
+        monkeypatch.setitem(rows, "small", small)
+    monkeypatch.setattr(table, "cached", lambda folder: None)
+    found, device = table.seconds("small", 3, "")
+    assert device == jax.devices()[0].device_kind
+    assert [*found] == [*table.METHODS]
+    for figures in found.values():
+        assert len(figures["seconds"]) == 3
+        assert figures["error"] <= 1e-5
+    assert found["mwc"]["temp_bytes"] < found["backprop"]["temp_bytes"]
+    assert table.peak("mwc", "small", "") is None, "a CPU does not count"
+    assert len([*table.cells(found)]) == 4
 
 
 def test_draw_plans(tmp_path):
