@@ -356,7 +356,8 @@ def values(count: int, rows=4, width=5, seed=0, kind="normal", dtype=np.float64)
             numbers = np.round(numbers)
         return jnp.asarray(numbers, dtype)
 
-    scale = jnp.asarray(width**-0.5, dtype)
+    # Ties of sums survive rounding where products and sums are exact.
+    scale = jnp.asarray(0.5 if kind == "ties" else width**-0.5, dtype)
 
     def block():
         return {
