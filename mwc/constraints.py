@@ -101,11 +101,23 @@ def retract(params: Any, where: Any = None) -> Any:
 
     Returns:
       The pytree with the nearest orthonormal matrices in their place.
+
+    Raises:
+      MoonwalkTypeError: `where` chooses a leaf that is no matrix; the error names it.
     """
+
+    def back(path: Any, x: Any, flag: bool) -> Any:
+        if flag and not _is_matrix(x):
+            name = jax.tree_util.keystr(path) or "what it was given"
+            raise MoonwalkTypeError(
+                f"retract was to bring back {name}, {jnp.result_type(x)}{jnp.shape(x)}",
+                expected="floating-point arrays of at least two axes",
+                remedy="leave it out with `where`",
+            )
+        return orthogonal(x).astype(x.dtype) if flag else x
+
     flags = _chosen(params, where)
-    return jax.tree.map(
-        lambda x, flag: orthogonal(x).astype(x.dtype) if flag else x, params, flags
-    )
+    return jax.tree_util.tree_map_with_path(back, params, flags)
 
 
 class Retraction(NamedTuple):
@@ -140,11 +152,8 @@ def retraction(where: Any = None) -> Retraction:
 
 
 def _chosen(params: Any, where: Any) -> Any:
-    def fits(x: Any) -> bool:
-        return jnp.ndim(x) >= 2 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
     if where is None:
-        return jax.tree.map(fits, params)
+        return jax.tree.map(_is_matrix, params)
     if callable(where):
         return jax.tree_util.tree_map_with_path(
             lambda path, x: bool(where(jax.tree_util.keystr(path), x)), params
@@ -152,9 +161,13 @@ def _chosen(params: Any, where: Any) -> Any:
     return where
 
 
+def _is_matrix(x: Any) -> bool:
+    return jnp.ndim(x) >= 2 and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
 def _matrix(raw: Array, name: str) -> Array:
     raw = jnp.asarray(raw)
-    if raw.ndim < 2 or not jnp.issubdtype(raw.dtype, jnp.floating):
+    if not _is_matrix(raw):
         raise MoonwalkTypeError(
             f"{name} was given {raw.dtype}{list(raw.shape)}",
             expected="a floating-point array of at least two axes",

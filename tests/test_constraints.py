@@ -221,6 +221,10 @@ WRONG = {
     "a vector": (lambda: orthogonal(np.ones(3)), "two axes"),
     "integers": (lambda: orthogonal(np.eye(3, dtype=np.int32)), "floating-point"),
     "complex": (lambda: orthogonal(np.eye(3) * 1j), "floating-point"),
+    "a chosen vector": (
+        lambda: retract({"norm": {"scale": np.ones(3)}}, lambda path, _: True),
+        r"\['norm'\]\['scale'\]",
+    ),
     "a number": (lambda: unit_triangular(1.0), "two axes"),
     "not square": (lambda: unit_triangular(np.ones((3, 2))), r"\[..., n, n\]"),
     "bound of 0": (lambda: unit_triangular(np.eye(3), 0.0), "bound"),
