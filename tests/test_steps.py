@@ -57,3 +57,16 @@ def test_sums_of_a_cotangent_are_there_before_it_is_pushed():
     (held,) = (e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier")
     assert [*held.outvars] == [*jaxpr.outvars]
     assert held.invars[0] is jaxpr.invars[0]
+
+
+@pytest.mark.parametrize("state", [jnp.float32, jnp.bfloat16])
+def test_rounded_weights_are_mended_as_the_tolerance_asks(state):
+    """Beside a float32 state to its precision, by steps; else by a few terms."""
+
+    def stage(x, w):
+        return rotate(jnp.abs(x), w.astype(x.dtype))
+
+    weight = jnp.asarray(isometry(8, 8), jnp.bfloat16)
+    one = Case(stage, jnp.asarray(normal(16, 8), state), weight).rebuilt
+    (of,) = one.claims
+    assert of.rounded is (state == jnp.bfloat16)

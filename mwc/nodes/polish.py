@@ -101,7 +101,7 @@ class Claim:
       layout: its axes.
       scale: c in M^T M = c I.
       given: whether it is an argument as it is, which costs nothing to look at.
-      rounded: whether its entries are those of a type of less than 32 bits.
+      rounded: whether its entries are of less than 32 bits, and so is the tolerance.
     """
 
     var: Var
@@ -129,6 +129,7 @@ def claim(
     residuals: Mapping[Var, Any],
     plain: Mapping[Var, Var],
     inputs: Collection[Var],
+    loose: bool = False,
 ) -> Claim | None:
     """The weight on whose claim a link is inverted; None where there is none to polish.
 
@@ -137,6 +138,7 @@ def claim(
       residuals: what the backward reads of the stage, as the forward makes it.
       plain: what is one of these with its entries in another order.
       inputs: of the stage.
+      loose: whether the tolerance is that of less than 32 bits.
     """
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if inverse.rule is not Rule.TRANSPOSE or len(products) != 1:
@@ -149,19 +151,15 @@ def claim(
     ((side, v),) = weights
     layout = _layout(eqn, side, v)
     # What is orthogonal by construction is so no longer once it is rounded.
-    exact, rounded = (
-        inverse.verdict is not Verdict.GENERIC,
-        is_narrow(residuals[v].aval),
-    )
-    beside = factor(inverse.link)
-    if not beside or (exact and not rounded):
+    narrow, beside = is_narrow(residuals[v].aval), factor(inverse.link)
+    if not beside or not (narrow or inverse.verdict is Verdict.GENERIC):
         return None
     if layout is None or not jnp.issubdtype(v.aval.dtype, jnp.floating):
         return None
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
-    return Claim(v, layout, inverse.scale / beside**2, given, rounded)
+    return Claim(v, layout, inverse.scale / beside**2, given, narrow and loose)
 
 
 def _layout(eqn: Eqn, side: int, weight: Var) -> Layout | None:
