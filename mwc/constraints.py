@@ -109,8 +109,9 @@ def retract(params: Any, where: Any = None) -> Any:
     def back(path: Any, x: Any, flag: bool) -> Any:
         if flag and not _is_matrix(x):
             name = jax.tree_util.keystr(path) or "what it was given"
+            kind = f"{jnp.result_type(x)}{list(jnp.shape(x))}"
             raise MoonwalkTypeError(
-                f"retract was to bring back {name}, {jnp.result_type(x)}{jnp.shape(x)}",
+                f"retract was to bring back {name}, {kind}",
                 expected="floating-point arrays of at least two axes",
                 remedy="leave it out with `where`",
             )

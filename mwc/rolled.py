@@ -29,6 +29,7 @@ from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes import _jax
 from passes.graph import Graph, Var, astype, is_var, nbytes
+from passes.widen import is_narrow
 
 Array = Any
 
@@ -180,9 +181,10 @@ class _Rebuilding(Sweeps):
         bits: Sequence[Array],
     ) -> Values:
         made: Values = {}
+        loose = self._rebuilt.tolerance is None and is_narrow(self._result.aval)
         for of in claims:
             stack = one.weight(of, values, bits)[None]
-            (made[of.var],) = polished(stack, of, gap_of([stack], of, h))
+            (made[of.var],) = polished(stack, of, gap_of([stack], of, h, loose))
         return made
 
     def _back(

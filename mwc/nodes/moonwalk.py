@@ -43,6 +43,7 @@ from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, astype, is_var, nbytes
+from passes.widen import is_narrow
 
 Array = Any
 
@@ -285,7 +286,8 @@ class Moonwalk(Whole):
         ]
         stack, of = jnp.stack(tie(weights, h)), group[0][1]
         made: dict[int, Values] = {}
-        inverses = polished(stack, of, gap_of([stack], of, h))
+        loose = self.tolerance is None and is_narrow(self.stages[0].result.aval)
+        inverses = polished(stack, of, gap_of([stack], of, h, loose))
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made

@@ -5,10 +5,10 @@ optimizer has moved it, R = M / c is off by E = M^T R - I, and Newton steps
 R <- R (2 I - M^T R) square E each: three serve |E| up to 5e-2. They cost n^3, nothing
 per sample. A weight that is large beside a state stays as it is: what it makes is
 refined instead, up to seven times, which comes to the same. Nothing is done where a
-weight is exact: four random rows tell. One of less than 32 bits never is, so nobody
-looks: the first terms of R = M (I + F + F^2 + F^3) / c with F = I - M^T M / c do for
-|E| up to 0.1 in its tolerance. They are no loop, whose condition a GPU would wait for,
-and want no more precision than TF32, in which M is exact and F alone is rounded.
+weight is exact: four random rows tell. Where the weight is of less than 32 bits and the
+tolerance is as well, nobody looks: a few terms, R = M (I + F + F^2 + F^3) / c with
+F = I - M^T M / c, serve |E| up to 0.1. They are no loop, whose condition a GPU would
+wait for, and do with TF32, in which M is exact and F alone is rounded.
 Source: DESIGN section 2. Limits: a map with one product by a matrix, as a convolution
 of windows side by side is too; others rely on the claim alone. What the steps cannot
 mend is seen by the guard.
@@ -101,7 +101,7 @@ class Claim:
       layout: its axes.
       scale: c in M^T M = c I.
       given: whether it is an argument as it is, which costs nothing to look at.
-      rounded: whether its entries are of less than 32 bits, and so is the tolerance.
+      rounded: whether its entries are of less than 32 bits.
     """
 
     var: Var
@@ -129,7 +129,6 @@ def claim(
     residuals: Mapping[Var, Any],
     plain: Mapping[Var, Var],
     inputs: Collection[Var],
-    loose: bool = False,
 ) -> Claim | None:
     """The weight on whose claim a link is inverted; None where there is none to polish.
 
@@ -138,7 +137,6 @@ def claim(
       residuals: what the backward reads of the stage, as the forward makes it.
       plain: what is one of these with its entries in another order.
       inputs: of the stage.
-      loose: whether the tolerance is that of less than 32 bits.
     """
     products = [e for e in inverse.link.eqns if eqn_flops(e).matrix > 0]
     if inverse.rule is not Rule.TRANSPOSE or len(products) != 1:
@@ -159,7 +157,7 @@ def claim(
     made = residuals[v]
     given = is_var(made) and made in inputs and made.aval.dtype == v.aval.dtype
     given = given and not is_narrow(v.aval)
-    return Claim(v, layout, inverse.scale / beside**2, given, narrow and loose)
+    return Claim(v, layout, inverse.scale / beside**2, given, narrow)
 
 
 def _layout(eqn: Eqn, side: int, weight: Var) -> Layout | None:
@@ -234,18 +232,23 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
     return found
 
 
-def gap_of(stacks: Sequence[Array], of: Claim, token: Array) -> Array | None:
+def gap_of(
+    stacks: Sequence[Array], of: Claim, token: Array, loose: bool = False
+) -> Array | None:
     """How far weights alike are from their claim, as a scalar for `polished`.
 
     Args:
       stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
       token: what must be there before they are looked at.
+      loose: whether the tolerance is that of less than 32 bits.
 
     Returns:
-      The scalar; None for weights of which none is exact.
+      The scalar; None where it does not matter.
     """
-    return None if of.rounded else _gap(list(stacks), token, of.layout, of.scale)
+    if of.rounded and loose:
+        return None
+    return _gap(list(stacks), token, of.layout, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -271,16 +274,16 @@ def polished(stack: Array, of: Claim, gap: Array | None) -> list[Array]:
     Args:
       stack: as many weights as are alive at once.
       of: the claim of each.
-      gap: of `gap_of`. What is exact stays; NaN stays as well, and what is far off is
-        not mended: the guard trips.
+      gap: of `gap_of`; without one all are mended alike. What is exact stays; NaN
+        stays as well, and what is far off is not mended: the guard trips.
     """
     if gap is None:
-        return _unrounded(stack, of.layout, of.scale)
+        return _series(stack, of.layout, of.scale)
     return _polished(stack, gap, of.layout, of.scale)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _unrounded(stack: Array, layout: Layout, scale: float) -> list[Array]:
+def _series(stack: Array, layout: Layout, scale: float) -> list[Array]:
     m, axis = layout.matrices(stack).astype(jnp.float32), layout.axis
     dot = functools.partial(_dot, precision=lax.Precision.DEFAULT)
     gram = dot(m, 1 - axis, m, 1 - axis) / scale

@@ -35,7 +35,6 @@ from passes.graph import Graph, Var, astype, evaluate, nbytes, read
 from passes.linearise import is_inexact
 from passes.links import Link
 from passes.submersion import Inverse, Rule, Submersion
-from passes.widen import is_narrow
 
 Array = Any
 
@@ -138,9 +137,8 @@ class Rebuilt:
         read = dict(zip(linear.residual_inputs, linear.residuals, strict=True))
         turned = [e for e in linear.bwd.eqns if e.primitive.name == "rev"]
         plain = {e.outvars[0]: e.invars[0] for e in turned}
-        inputs, loose = {*linear.fwd.invars}, is_narrow(self.result.aval)
-        found = self.found.inverses
-        return tuple(claim(one, read, plain, inputs, loose) for one in found)
+        inputs = {*linear.fwd.invars}
+        return tuple(claim(one, read, plain, inputs) for one in self.found.inverses)
 
     def weight(self, of: Claim, values: Values, bits: Sequence[Array]) -> Array:
         """That of a claim, as it is."""
