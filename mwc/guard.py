@@ -318,6 +318,11 @@ def planned_tolerance(dtype: Any, asked: float | None) -> float:
     return _TOLERANCE.get(real.name, _TOLERANCE["bfloat16"])
 
 
+def is_loose(dtype: Any, asked: float | None) -> bool:
+    """Whether `tolerance` is that of bfloat16, on every platform."""
+    return asked is None and jnp.finfo(dtype).dtype in (jnp.bfloat16, jnp.float16)
+
+
 def tolerance(dtype: Any, exact: bool, asked: float | None) -> Array | float:
     """The error that rebuilding may add.
 
@@ -332,9 +337,9 @@ def tolerance(dtype: Any, exact: bool, asked: float | None) -> Array | float:
     """
     if asked is not None:
         return asked
-    real = jnp.finfo(dtype).dtype
-    if real in (jnp.bfloat16, jnp.float16):
+    if is_loose(dtype, asked):
         return _TOLERANCE["bfloat16"]
+    real = jnp.finfo(dtype).dtype
     if real == jnp.float64:
         return _TOLERANCE["float64"]
     full = np.float32(_TOLERANCE["float32"])

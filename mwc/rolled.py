@@ -29,7 +29,6 @@ from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes import _jax
 from passes.graph import Graph, Var, astype, is_var, nbytes
-from passes.widen import is_narrow
 
 Array = Any
 
@@ -181,7 +180,7 @@ class _Rebuilding(Sweeps):
         bits: Sequence[Array],
     ) -> Values:
         made: Values = {}
-        loose = self._rebuilt.tolerance is None and is_narrow(self._result.aval)
+        loose = guard.is_loose(self._result.aval.dtype, self._rebuilt.tolerance)
         for of in claims:
             stack = one.weight(of, values, bits)[None]
             (made[of.var],) = polished(stack, of, gap_of([stack], of, h, loose))

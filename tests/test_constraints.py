@@ -50,12 +50,11 @@ def test_float32(shape):
     assert defect(q) <= 3e-7
 
 
-@pytest.mark.parametrize(("kind", "size"), [("ones", 1e-3), ("signs", 1e-4)])
-def test_an_error_in_one_direction_goes_too(kind, size):
+@pytest.mark.parametrize("size", [1e-2, 3e-2, 0.1, 0.3, 0.6])
+def test_an_error_in_one_direction_goes_too(size):
     """As an optimizer's first step makes: small in every entry, large in that one."""
-    u, v = np.ones((2, 512)) if kind == "ones" else np.sign(raw(2, 512))
-    near = nearest(np.eye(512) + 0.3 / 512**0.5 * raw(512, 512))
-    moved = near - size * np.outer(u, v)
+    near, v = nearest(raw(512, 512)), np.full(512, 512**-0.5)
+    moved = near - size * np.outer(near @ v, v)
     q = np.asarray(orthogonal(np.float32(moved)), np.float64)
     assert np.linalg.norm(q.T @ q - np.eye(512), 2) <= 1e-6
 

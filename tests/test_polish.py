@@ -47,19 +47,26 @@ def refinements(weights, of, h_in):
     return int(times), found
 
 
+def assert_right_inverse(weight, found, axis, scale, atol):
+    m, r = (np.asarray(x if axis else x.T, np.float64) for x in (weight, found))
+    np.testing.assert_allclose(m.T @ r / scale, np.eye(m.shape[1]), rtol=0, atol=atol)
+
+
+def moved_weights(n, k, scale, axis, sizes, dtype):
+    """Of [n, k] or turned, off by so much in each entry."""
+    noise = np.random.default_rng(0).standard_normal((len(sizes), n, k))
+    moved = isometry(n, k) + np.array(sizes)[:, None, None] * noise
+    return jnp.asarray(np.sqrt(scale) * moved, dtype).swapaxes(1, 1 if axis else 2)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_newton_steps(axis, scale):
     n, k = 12, 7
-    noise = np.random.default_rng(0).standard_normal((3, n, k))
-    size = np.array([0, 1e-4, 1e-2])[:, None, None]
-    moved = np.sqrt(scale) * (np.stack([isometry(n, k)] * 3) + size * noise)
-    given = jnp.asarray(moved if axis else np.swapaxes(moved, 1, 2), jnp.float32)
-    shape = (n, k) if axis else (k, n)
-    made = mended(list(given), a_claim(*shape, axis=axis, scale=scale))
-    for weight, found in zip(moved, made, strict=True):
-        right = np.asarray(found if axis else found.T, np.float64) / scale
-        np.testing.assert_allclose(weight.T @ right, np.eye(k), atol=3e-6)
+    given = moved_weights(n, k, scale, axis, [0, 1e-4, 1e-2], jnp.float32)
+    made = mended(list(given), a_claim(*given[0].shape, axis=axis, scale=scale))
+    for weight, found in zip(given, made, strict=True):
+        assert_right_inverse(weight, found, axis, scale, atol=3e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -67,22 +74,16 @@ def test_newton_steps(axis, scale):
 def test_rounded_weights(axis, scale):
     """Without a look at them: what the terms leave is E^4."""
     n, k = 12, 7
-    noise = np.random.default_rng(0).standard_normal((3, n, k))
-    size = np.array([0, 1e-3, 1e-2])[:, None, None]
-    moved = np.sqrt(scale) * (np.stack([isometry(n, k)] * 3) + size * noise)
-    given = jnp.asarray(moved if axis else np.swapaxes(moved, 1, 2), jnp.bfloat16)
-    shape = (n, k) if axis else (k, n)
-    of = a_claim(*shape, axis=axis, scale=scale, rounded=True)
+    given = moved_weights(n, k, scale, axis, [0, 1e-3, 1e-2], jnp.bfloat16)
+    of = a_claim(*given[0].shape, axis=axis, scale=scale, rounded=True)
     assert gap_of([given], of, given, loose=True) is None
     assert gap_of([given], of, given) is not None
     made = polished(given.astype(jnp.float32), of, None)
     for weight, found in zip(given, made, strict=True):
-        weight = np.asarray(weight if axis else weight.T, np.float64)
-        error = np.linalg.norm(weight.T @ weight / scale - np.eye(k), 2)
-        right = np.asarray(found if axis else found.T, np.float64) / scale
-        left = np.linalg.norm(weight.T @ right - np.eye(k), 2)
+        tall = np.asarray(weight if axis else weight.T, np.float64)
+        error = np.linalg.norm(tall.T @ tall / scale - np.eye(k), 2)
         assert 1e-3 < error < 0.15
-        assert left <= error**4 + 1e-6
+        assert_right_inverse(weight, found, axis, scale, atol=error**4 + 1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])

@@ -43,7 +43,6 @@ from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes.graph import Graph, Var, astype, is_var, nbytes
-from passes.widen import is_narrow
 
 Array = Any
 
@@ -286,7 +285,7 @@ class Moonwalk(Whole):
         ]
         stack, of = jnp.stack(tie(weights, h)), group[0][1]
         made: dict[int, Values] = {}
-        loose = self.tolerance is None and is_narrow(self.stages[0].result.aval)
+        loose = guard.is_loose(self.stages[0].result.aval.dtype, self.tolerance)
         inverses = polished(stack, of, gap_of([stack], of, h, loose))
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight

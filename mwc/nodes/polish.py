@@ -6,7 +6,7 @@ R <- R (2 I - M^T R) square E each: three serve |E| up to 5e-2. They cost n^3, n
 per sample. A weight that is large beside a state stays as it is: what it makes is
 refined instead, up to seven times, which comes to the same. Nothing is done where a
 weight is exact: four random rows tell. Where the weight is of less than 32 bits and the
-tolerance is as well, nobody looks: a few terms, R = M (I + F + F^2 + F^3) / c with
+tolerance is bfloat16's, nobody looks: a few terms, R = M (I + F + F^2 + F^3) / c with
 F = I - M^T M / c, serve |E| up to 0.1. They are no loop, whose condition a GPU would
 wait for, and do with TF32, in which M is exact and F alone is rounded.
 Source: DESIGN section 2. Limits: a map with one product by a matrix, as a convolution
@@ -241,7 +241,7 @@ def gap_of(
       stacks: weights, or stacks of them, all of one shape.
       of: the claim of each.
       token: what must be there before they are looked at.
-      loose: whether the tolerance is that of less than 32 bits.
+      loose: `guard.is_loose`.
 
     Returns:
       The scalar; None where it does not matter.
