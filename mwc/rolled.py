@@ -24,7 +24,8 @@ from mwc import _stacks as stacks
 from mwc import guard
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
-from mwc.nodes.polish import Claim, gap_of, most_polished, polished
+from mwc.nodes.claims import Claim
+from mwc.nodes.polish import gap_of, most_polished, polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import DRIFT, Straight, Values, Whole
 from passes import _jax
@@ -183,7 +184,7 @@ class _Rebuilding(Sweeps):
         loose = guard.is_loose(self._result.aval.dtype, self._rebuilt.tolerance)
         for of in claims:
             stack = one.weight(of, values, bits)[None]
-            (made[of.var],) = polished(stack, of, gap_of([stack], of, h, loose))
+            (made[of.var],) = polished(stack, of, gap_of(stack, of, h, loose))
         return made
 
     def _back(

@@ -29,15 +29,8 @@ import jax.numpy as jnp
 
 from mwc import guard
 from mwc._tie import after, barrier, relay, tie
-from mwc.nodes.polish import (
-    Group,
-    batches,
-    gap_of,
-    most_polished,
-    polished,
-    times_of,
-    together,
-)
+from mwc.nodes.claims import Group, batches, together
+from mwc.nodes.polish import gap_of, most_polished, polished, times_of
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
@@ -286,7 +279,7 @@ class Moonwalk(Whole):
         stack, of = jnp.stack(tie(weights, h)), group[0][1]
         made: dict[int, Values] = {}
         loose = guard.is_loose(self.stages[0].result.aval.dtype, self.tolerance)
-        inverses = polished(stack, of, gap_of([stack], of, h, loose))
+        inverses = polished(stack, of, gap_of(stack, of, h, loose))
         for (i, one), weight in zip(group, inverses, strict=True):
             made.setdefault(i, {})[one.var] = weight
         return made

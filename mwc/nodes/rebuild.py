@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc._tie import barrier, tie
-from mwc.nodes.polish import Claim, claim, refined, times_of
+from mwc.nodes.claims import Claim, claim
+from mwc.nodes.polish import refined, times_of
 from mwc.nodes.ties import mended, missed
 from mwc.nodes.turned import turned
 from mwc.stages import Straight, Values
