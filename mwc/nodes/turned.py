@@ -82,5 +82,7 @@ def _turned(eqn: Eqn, swapped: bool) -> Eqn:
 
 
 def _transposed(x: Array) -> Array:
+    # Or what makes it runs once more for its transpose.
+    x = lax.optimization_barrier(x)
     # Or XLA makes the product of the matrix as it was.
     return lax.optimization_barrier(x.T)
