@@ -12,8 +12,9 @@ Where the weight is of less than 32 bits and the tolerance is bfloat16's, nobody
 a few terms, R = M (I + F + F^2 + F^3) / c with F = I - M^T M / c, serve |E| up to 0.1.
 They are no loop, whose condition a GPU would wait for, and do with TF32, in which M is
 exact and F alone is rounded.
-Source: DESIGN section 2. Limits: those of `mwc.nodes.claims`. What the steps cannot
-mend is seen by the guard.
+Source: DESIGN section 2. Limits: those of `mwc.nodes.claims`; errors of weights in a
+row that undo each other, as factors 1.001 and 0.999, look exact. What is not mended is
+seen by the guard.
 """
 
 from __future__ import annotations
