@@ -84,5 +84,8 @@ def _turned(eqn: Eqn, swapped: bool) -> Eqn:
 def _transposed(x: Array) -> Array:
     # Or what makes it runs once more for its transpose.
     x = lax.optimization_barrier(x)
-    # Or XLA makes the product of the matrix as it was.
-    return lax.optimization_barrier(x.T)
+    # Or XLA makes the product of the matrix as it was. Two axes alone it would turn
+    # twice: in name, for a layout of its own choice, and then in memory.
+    rows, columns = x.shape
+    turned = x.reshape(rows, columns, 1).transpose(1, 2, 0).reshape(columns, rows)
+    return lax.optimization_barrier(turned)
