@@ -21,11 +21,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mwc.guard import planned_shape, planned_tolerance
+from mwc.guard import planned_tolerance
 from mwc.loops import Loop
 from mwc.nodes.moonwalk import Moonwalk, linked
 from mwc.nodes.rebuild import Rebuilt
 from mwc.rolled import RebuiltLoop, Steps
+from mwc.sketches import planned_shape
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.declared import Fact

@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mwc._plan import INPUT, Value
-from mwc.guard import planned_shape
 from mwc.loops import Loop
 from mwc.packing import is_packed
 from mwc.rolled import RebuiltLoop, Steps
+from mwc.sketches import planned_shape
 from mwc.stages import Stage, Straight
 from passes import _jax
 from passes.graph import Graph, Var, extents, is_var, nbytes

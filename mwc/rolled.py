@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mwc import _stacks as stacks
-from mwc import guard
+from mwc import guard, sketches
 from mwc._tie import barrier, tie
 from mwc.loops import Loop, Sweeps
 from mwc.nodes.claims import Claim
@@ -137,7 +137,7 @@ class _Rebuilding(Sweeps):
         x_vars = [v for v in self.x_vars if v in ask]
         results = [one.result.aval for one in self._stages]
         rows = min(one.found.rows for one in self._stages)
-        take = guard.sketcher(h, results, rows)
+        take = sketches.sketcher(h, results, rows)
         h, marks, ties, stops = self._back(h, bits, take)
         found: Values = {self._state: astype(h, self._state)}
         if c_vars or x_vars:
@@ -188,7 +188,7 @@ class _Rebuilding(Sweeps):
         return made
 
     def _back(
-        self, h: Array, bits: Sequence[Array], take: guard.Sketcher
+        self, h: Array, bits: Sequence[Array], take: sketches.Sketcher
     ) -> tuple[Array, list[Array], list[Array], list[Array]]:
         """Sweep R: h before the first step; of all steps sketches, ties, stops."""
         loop, result = self._rebuilt, self._result.aval
@@ -236,7 +236,7 @@ class _Rebuilding(Sweeps):
         self,
         h: Array,
         kept: tuple[Sequence[Array], Sequence[Array], Sequence[Array], Sequence[Array]],
-        take: guard.Sketcher,
+        take: sketches.Sketcher,
         c_vars: Sequence[Var],
         x_vars: Sequence[Var],
         wanted: Collection[Var],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mwc import guard
+from mwc import guard, sketches
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -24,8 +24,8 @@ def test_one_row_of_a_tiny_scale_counts():
     h[7] *= 1e-9
     off = h.copy()
     off[7] *= 1.5
-    take = guard.sketcher(jnp.asarray(h), [h], 1)
-    blind = guard.sketcher(jnp.asarray(h), [h], 0)
+    take = sketches.sketcher(jnp.asarray(h), [h], 1)
+    blind = sketches.sketcher(jnp.asarray(h), [h], 0)
     assert reading(take(h), take(off)) > 1e-2
     assert reading(blind(h), blind(off)) < 1e-7
 
@@ -37,7 +37,7 @@ def test_a_member_of_a_tiny_scale_counts():
     h[:, 2] *= 1e-9
     off = h.copy()
     off[:, 2] *= 1.5
-    take, blind = (guard.sketcher(jnp.asarray(h), [h], kept) for kept in (2, 1))
+    take, blind = (sketches.sketcher(jnp.asarray(h), [h], kept) for kept in (2, 1))
     assert reading(take(h), take(off)) > 1e-2
     assert reading(blind(h), blind(off)) < 1e-7
 
@@ -45,9 +45,9 @@ def test_a_member_of_a_tiny_scale_counts():
 def test_rows_are_few_against_their_features():
     shapes = [(4, 5, 16), (4, 5, 8)]
     cts = [np.zeros(shape, np.float32) for shape in shapes]
-    assert [guard.row_axes(cts, kept) for kept in range(4)] == [0, 1, 2, 2]
-    assert guard.row_axes([*cts, np.zeros((4, 5, 7))], 2) == 1
-    assert guard.row_axes([np.zeros(3)], 1) == 1
+    assert [sketches.row_axes(cts, kept) for kept in range(4)] == [0, 1, 2, 2]
+    assert sketches.row_axes([*cts, np.zeros((4, 5, 7))], 2) == 1
+    assert sketches.row_axes([np.zeros(3)], 1) == 1
 
 
 SHAPES = [(64, 32), (7, 5), (1, 1), (17, 3, 4), (5,), (), (9000, 3), (5000, 70)]
@@ -58,8 +58,8 @@ SHAPES = [(64, 32), (7, 5), (1, 1), (17, 3, 4), (5,), (), (9000, 3), (5000, 70)]
 def test_sketches(shape, kept):
     draw = np.random.default_rng(6)
     h = jnp.asarray(np.float32(draw.standard_normal(shape)))
-    take = guard.sketcher(h, [h], kept)
-    assert take(h).shape == guard.sketch_shape(h, take.rows)
+    take = sketches.sketcher(h, [h], kept)
+    assert take(h).shape == sketches.sketch_shape(h, take.rows)
     assert take(h).size <= 1024
     assert reading(take(h), take(h)) == 0
     noise = np.float32(1e-3 * draw.standard_normal(shape))
@@ -83,7 +83,7 @@ def test_sketches(shape, kept):
 def test_every_entry_is_in_a_sketch(shape):
     """A change of any one entry reads, whatever the shape."""
     h = jnp.asarray(np.random.default_rng(8).standard_normal(shape), jnp.float32)
-    sums, pull = jax.vjp(guard.sketcher(h, [h], 1), h)
+    sums, pull = jax.vjp(sketches.sketcher(h, [h], 1), h)
     (slopes,) = pull(sums)
     assert np.all(slopes != 0)
 
@@ -95,7 +95,7 @@ def test_rows_alike_do_not_cancel(count):
     row = np.float32(draw.standard_normal(64))
     h = jnp.broadcast_to(row, (count, 64))
     off = h + np.float32(1e-3 * draw.standard_normal((count, 64)))
-    take = guard.sketcher(h, [h], 1)
+    take = sketches.sketcher(h, [h], 1)
     assert 3e-4 < reading(take(h), take(off)) < 3e-3
 
 

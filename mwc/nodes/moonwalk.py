@@ -27,7 +27,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mwc import guard
+from mwc import guard, sketches
 from mwc._tie import after, barrier, relay, tie
 from mwc.nodes.claims import Group, batches, together
 from mwc.nodes.polish import gap_of, most_polished, polished, times_of
@@ -153,7 +153,7 @@ class Moonwalk(Whole):
         last = max((i for i in range(count) if self._asks(i, wanted)), default=-1)
         h = astype(cts[self.stages[-1].result], self.stages[-1].last)
         checked = [one.result.aval for one in self.stages[: last + 1]]
-        take = guard.sketcher(h, checked, self.rows) if checked else None
+        take = sketches.sketcher(h, checked, self.rows) if checked else None
         h, marks, ties = self._back(values, saved, h, last, take)
         found: Values = {}
         if self.lead is not None:
@@ -290,7 +290,7 @@ class Moonwalk(Whole):
         saved: Sequence[Array],
         h: Array,
         last: int,
-        take: guard.Sketcher | None,
+        take: sketches.Sketcher | None,
     ) -> tuple[Array, list[Array], list[list[Array]]]:
         """Sweep R: the cotangent of the first state; sketches and ties up to `last`."""
         marks: list[Array] = []
@@ -317,7 +317,7 @@ class Moonwalk(Whole):
         h: Array,
         marks: Sequence[Array],
         ties: Sequence[Sequence[Array]],
-        take: guard.Sketcher,
+        take: sketches.Sketcher,
         wanted: Collection[Var],
     ) -> Values:
         """Sweep V: the wanted gradients of parameters, checked."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mwc import guard
+from mwc import guard, sketches
 from mwc._tie import barrier
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import Values
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 class Check(NamedTuple):
     """What the guard compares; see `guard.compare`."""
 
-    take: guard.Sketcher
+    take: sketches.Sketcher
     expected: Array
     limit: Array | float
     unit: Array
@@ -90,7 +90,7 @@ def first(one: Rebuilt, given: list[Array | None]) -> tuple[Array, list[Array]]:
 
 
 def back(
-    one: Rebuilt, at: Inputs, take: guard.Sketcher | None
+    one: Rebuilt, at: Inputs, take: sketches.Sketcher | None
 ) -> tuple[Array, list[Array], list[Array]]:
     """Sweep R: h_in; the sketch of h_out and what ties lose, if they are wanted."""
     mark = [] if take is None else [take(at.h)]
