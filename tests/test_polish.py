@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from mwc.nodes.claims import Claim, Layout, batches, together
-from mwc.nodes.polish import gap_of, polished, refined, times_of
+from mwc.nodes.looks import Looks
+from mwc.nodes.polish import (
+    gap_of,
+    polished,
+    refined,
+    signs_of,
+    through,
+    times_of,
+)
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -25,9 +33,17 @@ def mended(weights, of):
     return polished(stack, of, gap_of(stack, of, stack))
 
 
+def times_off(weights, of):
+    """`times_of` weights that are looked at together."""
+    rows = signs_of(of, weights[0])
+    for weight in weights:
+        rows = through(rows, weight, of)
+    return times_of(rows, of, len(weights))
+
+
 def refinements(weights, of, h_in):
     """What each weight M makes of h_in, refined; all are checked at once."""
-    times = times_of(list(weights), of, h_in)
+    times = times_off(weights, of)
     found = []
     for m in weights:
         pull, push = functools.partial(jnp.matmul, m), lambda h, m=m: m.T @ h / of.scale
@@ -110,7 +126,36 @@ def test_exact_and_moved_weights_are_told_apart(n, k, axis, scale):
         for given, moved in ((exact, False), (row, True), (some, True), (all_, True)):
             turned = np.sqrt(scale) * given.swapaxes(1, 1 if axis else 2)
             weights = list(jnp.asarray(turned, jnp.float32))
-            assert bool(times_of(weights, of, weights[0])) == moved
+            assert bool(times_off(weights, of)) == moved
+
+
+def test_each_weight_of_a_run_is_looked_at_once():
+    """In turn from the last: some are not square, two of them are of one stage."""
+    draw = np.random.default_rng(2)
+    shapes = [(9, 9)] * 7 + [(9, 6), (6, 6), (6, 6)]
+    claims = [[a_claim(*shape)] for shape in shapes]
+    claims[3] = [claims[3][0], a_claim(9, 9)]
+    off = {(1, 0), (3, 1), (7, 0)}
+    weights = {
+        (i, j): isometry(*shapes[i]) + 1e-4 * ((i, j) in off) * draw.normal(size=())
+        for i, own in enumerate(claims)
+        for j in range(len(own))
+    }
+    found = batches(together(claims, 1))
+    looks = Looks(found)
+    for i in reversed(range(len(claims))):
+        rows = looks.rows(i, claims[i], jnp.zeros(()))
+        assert all(r is not None for r in rows)
+        passed = [
+            through(r, jnp.asarray(weights[i, j], jnp.float32), of)
+            for j, (r, of) in enumerate(zip(rows, claims[i], strict=True))
+        ]
+        looks.passed(i, claims[i], passed)
+    assert len(looks.times) == len(weights)
+    for batch in found:
+        pairs = [(i, claims[i].index(of)) for ((i, of),) in batch]
+        times = {int(looks.times[i, claims[i][j].var]) for i, j in pairs}
+        assert times != {0} if off & {*pairs} else times == {0}
 
 
 def test_refined_leaves_what_is_far_off():

@@ -100,10 +100,15 @@ class Claim:
         return same and self._kind == other._kind
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """N and k."""
+        n, k = (math.prod(self.var.aval.shape[a] for a in x) for x in self.layout[1:])
+        return n, k
+
+    @property
     def square(self) -> bool:
         """Whether n is k."""
-        n, k = (math.prod(self.var.aval.shape[a] for a in x) for x in self.layout[1:])
-        return n == k
+        return self.sizes[0] == self.sizes[1]
 
     @property
     def _kind(self) -> tuple[Layout, float, bool, bool]:
@@ -194,12 +199,15 @@ def batches(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups in a row whose weights are checked at once.
 
     Those of one weight, if it is an argument: a check of each is a few kernels more.
-    The rows of signs go through all of them, so they are square.
+    The rows of signs go through all of them, so they are square, and in turn: those of
+    a stage are apart.
     """
     runs: list[list[Group]] = []
     for group in groups:
         one, last = group[0][1], runs[-1] if runs else []
-        joins = last and len(group) == len(last[0]) == 1
+        joins = (
+            last and len(group) == len(last[0]) == 1 and group[0][0] > last[-1][0][0]
+        )
         if joins and one.given and one.square and one.alike(last[0][0][1]):
             last.append(group)
         else:

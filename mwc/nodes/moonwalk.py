@@ -30,7 +30,8 @@ import jax.numpy as jnp
 from mwc import guard, sketches
 from mwc._tie import after, barrier, relay, tie
 from mwc.nodes.claims import Group, batches, together
-from mwc.nodes.polish import gap_of, most_polished, polished, times_of
+from mwc.nodes.looks import Looks
+from mwc.nodes.polish import gap_of, most_polished, polished
 from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
@@ -154,7 +155,8 @@ class Moonwalk(Whole):
         h = astype(cts[self.stages[-1].result], self.stages[-1].last)
         checked = [one.result.aval for one in self.stages[: last + 1]]
         take = sketches.sketcher(h, checked, self.rows) if checked else None
-        h, marks, ties = self._back(values, saved, h, last, take)
+        looks = self._looks(last)
+        h, marks, ties = self._back(values, saved, h, last, take, looks)
         found: Values = {}
         if self.lead is not None:
             # Before sweep V, in which its cotangent would have to stay alive.
@@ -164,7 +166,8 @@ class Moonwalk(Whole):
         if take is not None:
             saved = saved[: self.shares[last].at.stop]
             values, saved, h = self._tied(values, saved, h, found)
-            more = self._forth(values, saved, h, marks, ties, take, wanted)
+            often = looks.times
+            more = self._forth(values, saved, h, marks, ties, take, wanted, often)
             found |= _added(found, more)
         return found
 
@@ -242,15 +245,15 @@ class Moonwalk(Whole):
         """Whether it is one weight that is not small beside a state."""
         return len(group) == 1 and nbytes(group[0][1].var) > self._most
 
-    def _times(
-        self, batch: Sequence[Group], token: Array, values: Values
-    ) -> Array | None:
-        """`times_of` weights that are arguments, one in each group."""
-        of = batch[0][0][1]
-        if not (self._refined(batch[0]) and of.given):
-            return None
-        given = [v for ((i, of),) in batch for v in self.stages[i].made_of(of)]
-        return times_of([values[v] for v in given], of, token)
+    def _groups(self, last: int) -> list[Group]:
+        """Weights that are treated at once, of the stages up to `last`."""
+        claims = [one.claims for one in self.stages[: last + 1]]
+        return together(claims, self._most)
+
+    def _looks(self, last: int) -> Looks:
+        """The looks at those that are refined and cost nothing to look at."""
+        found = batches(self._groups(last))
+        return Looks([b for b in found if self._refined(b[0]) and b[0][0][1].given])
 
     def _polish(
         self,
@@ -291,6 +294,7 @@ class Moonwalk(Whole):
         h: Array,
         last: int,
         take: sketches.Sketcher | None,
+        looks: Looks,
     ) -> tuple[Array, list[Array], list[list[Array]]]:
         """Sweep R: the cotangent of the first state; sketches and ties up to `last`."""
         marks: list[Array] = []
@@ -302,10 +306,14 @@ class Moonwalk(Whole):
         for i in reversed(range(count)):
             one = self.stages[i]
             given = inputs_of(one, self._given(i, held, values))
-            at = Inputs(given, self._bits(i, held, saved), h)
-            below, mark, kept = steps(back, one)(at, take if i <= last else None)
+            rows = looks.rows(i, one.claims, h)
+            at = Inputs(given, self._bits(i, held, saved), h, rows=rows)
+            below, mark, kept, rows = steps(back, one)(at, take if i <= last else None)
+            looks.passed(i, one.claims, rows)
             waiting = self._waiting(i - 1, values, saved, 1) if i else []
-            (h, *both), held = relay([below, *mark, *kept], waiting)
+            held = [*waiting, *looks.flying]
+            (h, *both), held = relay([below, *mark, *kept], held)
+            held, looks.flying = held[: len(waiting)], held[len(waiting) :]
             marks += both[: len(mark)]
             ties += [both[len(mark) :]] if mark else []
         return h, marks[::-1], ties[::-1]
@@ -319,17 +327,14 @@ class Moonwalk(Whole):
         ties: Sequence[Sequence[Array]],
         take: sketches.Sketcher,
         wanted: Collection[Var],
+        often: Mapping[tuple[int, Var], Array],
     ) -> Values:
         """Sweep V: the wanted gradients of parameters, checked."""
         stages = self.stages[: len(marks)]
         found: Values = {}
-        turns: dict[int, list[tuple[Group, Array | None]]] = {}
-        token = h
-        for batch in batches(together([one.claims for one in stages], self._most)):
-            often = self._times(batch, token, values)
-            token = token if often is None else often
-            for group in batch:
-                turns.setdefault(group[0][0], []).append((group, often))
+        turns: dict[int, list[Group]] = {}
+        for group in self._groups(len(stages) - 1):
+            turns.setdefault(group[0][0], []).append(group)
         weights: dict[int, Values] = {}
         dtype = stages[0].result.aval.dtype
         limit = guard.tolerance(dtype, self.exact, self.tolerance)
@@ -342,10 +347,8 @@ class Moonwalk(Whole):
         for i, one in enumerate(stages):
             given = self._given(i, held, values) | {one.state: values.pop(one.state)}
             bits = self._bits(i, held, saved)
-            times: Values = {}
-            for group, often in turns.get(i, []):
+            for group in turns.get(i, []):
                 if self._refined(group):
-                    times |= {} if often is None else {group[0][1].var: often}
                     continue
                 for j, made in self._polish(group, h, values, saved).items():
                     weights[j] = weights.get(j, {}) | made
@@ -355,7 +358,7 @@ class Moonwalk(Whole):
             at = Inputs(
                 *(inputs_of(one, given), bits, h, ties[i]),
                 [polished.get(of.var) for of in one.claims],
-                [times.get(of.var) for of in one.claims],
+                [often.get((i, of.var)) for of in one.claims],
             )
             asked = tuple(v in wanted for v in one.stage.graph.invars)
             more = i + 1 < len(stages)

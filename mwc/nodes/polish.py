@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,28 +68,47 @@ def gap_of(stack: Array, of: Claim, token: Array, loose: bool = False) -> Array 
     """
     if of.rounded and loose:
         return None
-    return _gap([stack], token, of.layout, of.scale)
+    return _gap(through(signs_of(of, token), stack, of), of.sizes[1], 1)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _gap(stacks: list[Array], token: Array, layout: Layout, scale: float) -> Array:
-    wide = jnp.float64 if jnp.finfo(stacks[0].dtype).bits > 32 else jnp.float32
-    matrices = [layout.matrices(stack).astype(wide) for stack in stacks]
-    *batch, first, second = matrices[0].shape
-    # Of a square one either axis will do: a sum over the first one is faster.
-    axis, root = layout.axis if first != second else 0, math.sqrt(scale)
-    signs = _signs(second if axis else first)
-    _, rows = barrier([token, jnp.asarray(signs, wide)])
-    rows = jnp.broadcast_to(rows, (*batch, *signs.shape))
-    for m in matrices:
-        rows = _dot(rows, 1, m, axis)
-        rows = rows if scale == 1 else rows / root
+def signs_of(of: Claim, token: Array) -> Array:
+    """Rows of signs, to go through weights alike once there is a token: [8, k]."""
+    wide = jnp.float64 if jnp.finfo(of.var.aval.dtype).bits > 32 else jnp.float32
+    return barrier([token, jnp.asarray(_signs(of.sizes[1]), wide)])[1]
+
+
+def through(rows: Array, weight: Array, of: Claim) -> Array:
+    """Rows times a weight, or each of a stack of them, as long as before if exact.
+
+    Args:
+      rows: [8, k], or [..., 8, k] of as many matrices; k is n if it is not the first.
+      weight: with the axes of the claim, or a stack.
+      of: the claim.
+    """
+    return _through(rows, weight, of.layout, of.scale, of.square)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _through(
+    rows: Array, weight: Array, layout: Layout, scale: float, square: bool
+) -> Array:
+    m = layout.matrices(weight).astype(rows.dtype)
+    rows = jnp.broadcast_to(rows, (*m.shape[:-2], *rows.shape[-2:]))
+    # Of a square one either axis will do: a sum over the second one is faster.
+    rows = _dot(rows, 1, m, 1 if square else layout.axis)
+    return rows if scale == 1 else rows / math.sqrt(scale)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _gap(rows: Array, columns: int, count: int) -> Array:
+    """A mean square of what rows of signs are off, by their k and what they passed."""
+    signs = _signs(columns)
     # Errors of entries add up at random off the diagonal, all of them on it.
     weights = np.full((_ROWS, _ROWS), 1 / (_ROWS - 1))
-    np.fill_diagonal(weights, 1 / signs.shape[1])
-    off = _dot(rows, 1, rows, 1) - (signs @ signs.T).astype(wide)
-    return jnp.sum(off**2 * weights.astype(wide)) / (
-        _ROWS * len(stacks) * math.prod(batch)
+    np.fill_diagonal(weights, 1 / columns)
+    off = _dot(rows, 1, rows, 1) - (signs @ signs.T).astype(rows.dtype)
+    return jnp.sum(off**2 * weights.astype(rows.dtype)) / (
+        _ROWS * count * math.prod(rows.shape[:-2])
     )
 
 
@@ -144,22 +163,21 @@ def _polished(stack: Array, gap: Array, layout: Layout, scale: float) -> list[Ar
     return [made[i] for i in range(len(stack))]
 
 
-def times_of(weights: Sequence[Array], of: Claim, token: Array) -> Array:
+def times_of(rows: Array, of: Claim, count: int = 1) -> Array:
     """How often `refined` refines what weights alike make; 0 where none is off.
 
     Args:
-      weights: all of one shape, and square if they are several.
-      of: the claim of each.
-      token: what must be there before they are looked at.
+      rows: of `through`.
+      of: the claim of each weight.
+      count: how many they went through.
     """
-    count = math.prod(of.var.aval.shape[a] for a in of.layout.columns)
-    return _times(_gap(list(weights), token, of.layout, of.scale), count)
+    return _times(_gap(rows, of.sizes[1], count), of.sizes[1])
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _times(gap: Array, count: int) -> Array:
+def _times(gap: Array, columns: int) -> Array:
     # The fewest n with E^n below eps; two at least, as E is above it where it is off.
-    eps, least = float(jnp.finfo(gap.dtype).eps), _limit(gap.dtype, count)
+    eps, least = float(jnp.finfo(gap.dtype).eps), _limit(gap.dtype, columns)
     larger = (max(least, eps ** (2 / n) / _WORST) for n in range(2, _MOST))
     above = gap > np.asarray([least, least, *larger], gap.dtype)
     return jnp.sum(above, dtype=jnp.int32)
@@ -196,10 +214,10 @@ def refined(
     return lax.while_loop(more, step, (times, h))[1]
 
 
-def _limit(dtype: Any, count: int) -> float:
+def _limit(dtype: Any, columns: int) -> float:
     """The gap of exact weights at most."""
     # The eps of the wide type: a rounded weight is not exact.
-    return (_EXACT * float(jnp.finfo(dtype).eps)) ** 2 * count
+    return (_EXACT * float(jnp.finfo(dtype).eps)) ** 2 * columns
 
 
 def _step(m: Array, r: Array, axis: int, scale: float) -> Array:

@@ -25,7 +25,7 @@ from jax import lax
 
 from mwc._tie import barrier, tie
 from mwc.nodes.claims import Claim, claim
-from mwc.nodes.polish import refined, times_of
+from mwc.nodes.polish import refined, signs_of, through, times_of
 from mwc.nodes.ties import mended, missed
 from mwc.nodes.turned import turned
 from mwc.stages import Straight, Values
@@ -111,7 +111,8 @@ class Rebuilt:
             if of.var in often and often[of.var] is None:
                 # Or the compiler looks at all weights first, and keeps what it sees.
                 env[of.var] = tie([env[of.var]], h_in)[0]
-                often[of.var] = times_of([env[of.var]], of, h_in)
+                rows = through(signs_of(of, h_in), env[of.var], of)
+                often[of.var] = times_of(rows, of)
         known = {self._target: h_in}
         pairs = zip(self.found.inverses, self._claimed, strict=True)
         for inverse, of in reversed([*pairs]):
@@ -129,7 +130,7 @@ class Rebuilt:
     @functools.cached_property
     def claims(self) -> tuple[Claim, ...]:
         """Weights that `push` must not take to be what they are claimed to be."""
-        return tuple(one for one in self._claimed if one is not None)
+        return tuple({of.var: of for of in self._claimed if of is not None}.values())
 
     @functools.cached_property
     def _claimed(self) -> tuple[Claim | None, ...]:

@@ -20,6 +20,7 @@ import jax
 
 from mwc import guard, sketches
 from mwc._tie import barrier
+from mwc.nodes.polish import through
 from mwc.nodes.rebuild import Rebuilt
 from mwc.stages import Values
 
@@ -57,6 +58,7 @@ class Inputs(NamedTuple):
       ties: what sweep R kept of its ties.
       weights: for each of its claims what takes the place of the weight, if anything.
       times: for each of the others how often it is refined, if that is known.
+      rows: for each claim what goes through its weight, if anything.
     """
 
     given: list[Array | None]
@@ -65,6 +67,7 @@ class Inputs(NamedTuple):
     ties: Sequence[Array] = ()
     weights: Sequence[Array | None] = ()
     times: Sequence[Array | None] = ()
+    rows: Sequence[Array | None] = ()
 
 
 class Check(NamedTuple):
@@ -91,12 +94,16 @@ def first(one: Rebuilt, given: list[Array | None]) -> tuple[Array, list[Array]]:
 
 def back(
     one: Rebuilt, at: Inputs, take: sketches.Sketcher | None
-) -> tuple[Array, list[Array], list[Array]]:
-    """Sweep R: h_in; the sketch of h_out and what ties lose, if they are wanted."""
+) -> tuple[Array, list[Array], list[Array], list[Array | None]]:
+    """Sweep R: h_in; the sketch of h_out and what ties lose, if wanted; the rows."""
     mark = [] if take is None else [take(at.h)]
     values = _named(one, at.given)
     h, ties = one.pull(values, at.bits, at.h, ties=take is not None)
-    return h, mark, ties
+    rows = [
+        None if r is None else through(r, one.weight(of, values, at.bits), of)
+        for of, r in zip(one.claims, at.rows, strict=False)
+    ]
+    return h, mark, ties, rows
 
 
 def forth(
