@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from mwc.guard import planned_tolerance
 from mwc.loops import Loop
-from mwc.nodes.moonwalk import Moonwalk, linked
-from mwc.nodes.rebuild import Rebuilt
+from mwc.nodes.moonwalk import Moonwalk
+from mwc.nodes.rebuild import Rebuilt, linked
 from mwc.rolled import RebuiltLoop, Steps
 from mwc.sketches import planned_shape
 from mwc.stages import Stage, Straight

@@ -112,6 +112,11 @@ def drift(readings: Array, passes: Array, limit: Array | float) -> Array:
     return jnp.where(passes, jnp.minimum(over, 1), above)
 
 
+def selects(passes: Array, x: Array) -> bool:
+    """Whether x is on each device what it is selected by: neither varies more."""
+    return _jax.varying(passes) <= _jax.varying(x)
+
+
 def nan_unless(passes: Array, grads: Sequence[Array]) -> list[Array]:
     """The gradients, or NaN in their place: the compiler selects in place.
 

@@ -100,7 +100,7 @@ RECORDED: dict[str, dict[tuple[str, float], float]] = {
         ("abs-64-batch-512", 2): 7.1,
         ("abs-256", 2): 41.2,
         ("abs-64-bfloat16", 2): 31.4,
-        ("leaky9-64", 2): 40.2,
+        ("leaky9-64", 2): 41.6,
         ("maxmin-64-orthogonal", 2): 40.4,
         ("funnel-48", 2): 67.6,
         ("abs-64-built", 2): 43.2,
@@ -182,7 +182,7 @@ def test_code_is_linear_in_depth():
     # stage, of which backpropagation has 22 and 68.
     lowered, compiled = (long - middle) / 16
     assert lowered < (10 if CPU_DROPS_BARRIERS else 7)
-    assert compiled < (495 if CPU_DROPS_BARRIERS else 309)
+    assert compiled < (501 if CPU_DROPS_BARRIERS else 304)
 
 
 QUICK = [("dense-relu-64", 1), ("scan-relu-64", 1), ("lstm-1024", 1)]

@@ -10,9 +10,9 @@ stage (*bits*) and nothing else. Its backward is two sweeps:
 so what is alive is one state, one cotangent, the bits and the gradients so far. Where
 the stage before the run reads no state (the first layer), it is the run's `lead`: sweep
 V starts with its gradients and runs it again, and no state is kept at all. A trip of
-the guard turns the gradients of its stage and of all later ones into NaN: those before
-it came of cotangents that passed, and the cotangent of the run's input is sweep R's and
-always right. Sweep V stops at the last stage that has a wanted gradient.
+the guard turns the gradients of its stage and of all later ones into NaN, those that it
+can by way of their state (`passes.nans`): those before it came of cotangents that
+passed, and the cotangent of the run's input is sweep R's and always right. Sweep V stops at the last stage that has a wanted gradient.
 
 Source: DESIGN sections 2, 5 and 7 (where barriers must stand). Limits: no cotangent of
 the run may enter or leave between its ends.
@@ -36,7 +36,8 @@ from mwc.nodes.rebuild import Rebuilt
 from mwc.nodes.shares import Share, shares
 from mwc.nodes.steps import Check, Inputs, Steps, back, first, forth, inputs_of
 from mwc.stages import DRIFT, Straight, Values, Whole
-from passes.graph import Graph, Var, astype, is_var, nbytes
+from passes import _jax
+from passes.graph import Graph, Var, astype, nbytes
 
 Array = Any
 
@@ -204,6 +205,12 @@ class Moonwalk(Whole):
         asked = {v for v, _ in one.stage.chosen(wanted)}
         return bool(asked - {one.state})
 
+    @functools.cached_property
+    def _spoils(self) -> bool:
+        """Whether states may become NaN: a loop on what is NaN might never end."""
+        eqns = (e for one in self.stages for e in one.stage.linear.fwd.eqns)
+        return not any(map(_jax.sub_jaxprs, eqns))
+
     def _waiting(
         self, i: int, values: Values, saved: Sequence[Array], turn: int
     ) -> list[Array]:
@@ -363,7 +370,9 @@ class Moonwalk(Whole):
             asked = tuple(v in wanted for v in one.stage.graph.invars)
             more = i + 1 < len(stages)
             check = Check(take, marks[i], limit, unit, fine)
-            h, fine, seen, safe, end = steps(forth, one, asked, more)(at, check)
+            h, fine, seen, safe, end = steps(forth, one, asked, more, self._spoils)(
+                at, check
+            )
             if DRIFT in wanted:
                 reading = guard.reading(marks[i], seen)
                 drifts.append(guard.drift(reading, fine, limit))
@@ -387,8 +396,3 @@ class Moonwalk(Whole):
 def _added(found: Values, more: Values) -> Values:
     """Cotangents of `more`, those of `found` added where both have one."""
     return {v: found[v] + ct if v in found else ct for v, ct in more.items()}
-
-
-def linked(a: Rebuilt, b: Rebuilt) -> bool:
-    """Whether one stage reads the result of another as its state."""
-    return is_var(a.result) and a.result is b.state

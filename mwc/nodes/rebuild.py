@@ -32,9 +32,10 @@ from mwc.stages import Straight, Values
 from passes import _jax
 from passes.depend import reached
 from passes.flops import eqn_flops
-from passes.graph import Graph, Var, astype, evaluate, nbytes, read
+from passes.graph import Graph, Var, astype, evaluate, is_var, nbytes, read
 from passes.linearise import is_inexact
 from passes.links import Link
+from passes.nans import all_nan
 from passes.submersion import Inverse, Rule, Submersion
 
 Array = Any
@@ -174,6 +175,22 @@ class Rebuilt:
         found = [float(jnp.finfo(v.aval.dtype).eps) for v in path if is_inexact(v)]
         return max(found + [_rounding(e) for e in eqns])
 
+    @functools.cached_property
+    def spoiled(self) -> frozenset[Var]:
+        """Inputs whose gradients have no entry but NaN where the state has none.
+
+        As `gradients` makes them: from the bits of a first pass that was right.
+        """
+        linear, names = self.stage.linear, self.stage.chain_names()
+        states = [v for v in linear.fwd.invars if names.get(v) is self.state]
+        made = all_nan(linear.fwd, states, self.stage.bit_vars)
+        pairs = zip(linear.residual_inputs, linear.residuals, strict=True)
+        read = [v for v, r in pairs if is_var(r) and r in made]
+        pushed = {self._target, *(one.link.source for one in self.found.inverses)}
+        found = all_nan(linear.bwd, read, pushed)
+        chosen = self.stage.chosen(self.stage.graph.invars)
+        return frozenset(v for v, ct in chosen if is_var(ct) and ct in found)
+
     @property
     def kind(self) -> Hashable:
         """Equal for stages alike: those with the same derivative and inverses."""
@@ -253,6 +270,11 @@ class Rebuilt:
     def _emitting(self) -> Graph:
         """The backward as `gradients` runs it."""
         return turned(self.stage.linear.bwd)
+
+
+def linked(a: Rebuilt, b: Rebuilt) -> bool:
+    """Whether one stage reads the result of another as its state."""
+    return is_var(a.result) and a.result is b.state
 
 
 def _rounding(eqn: Any) -> float:

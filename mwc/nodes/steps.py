@@ -107,7 +107,12 @@ def back(
 
 
 def forth(
-    one: Rebuilt, asked: tuple[bool, ...], more: bool, at: Inputs, check: Check
+    one: Rebuilt,
+    asked: tuple[bool, ...],
+    more: bool,
+    spoils: bool,
+    at: Inputs,
+    check: Check,
 ) -> tuple[Array, Array, Array, list[Array | None], Array | None]:
     """Sweep V: from h_in and the state to h_out and the next state.
 
@@ -115,6 +120,7 @@ def forth(
       one: the stage.
       asked: for each of its inputs whether its gradient is wanted.
       more: whether a stage comes after it.
+      spoils: whether its state may become NaN, and those of all stages after it.
       at: its inputs, the state among them.
       check: of h_out.
 
@@ -135,9 +141,17 @@ def forth(
     found = check.take(h)
     passes = guard.compare(check.expected, found, check.limit, check.unit, check.before)
     wanted = [v for v in wanted if v not in grads]
-    grads |= one.gradients(values, at.bits, known, wanted)
+    spoiled = one.spoiled & {*wanted} if spoils else frozenset()
+    if spoiled and guard.selects(passes, values[one.state]):
+        # In a pass that reads the state anyway: that over a weight's gradient is saved.
+        (values[one.state],) = guard.nan_unless(passes, [values[one.state]])
+    else:
+        spoiled = frozenset()
+    made = one.gradients(values, at.bits, known, wanted)
+    grads |= {v: ct for v, ct in made.items() if v not in spoiled}
     # Now, not at the end: selected then, each would be kept beside its result.
     safe = dict(zip(grads, guard.nan_unless(passes, [*grads.values()]), strict=True))
+    safe |= {v: ct for v, ct in made.items() if v in spoiled}
     result = one.advance(values, at.bits) if more else None
     return h, passes, found, [safe.get(v) for v in one.stage.graph.invars], result
 
