@@ -94,6 +94,7 @@ def _mixed(flat: Array, mixer: Array, shape: tuple[int, ...]) -> Array:
     """The sketch by a product of the mixer and all rows."""
     features = flat.shape[1]
     sums = lax.dot(mixer.astype(flat.dtype), flat, precision=lax.Precision.HIGHEST)
+    # Of several rows for each feature some signs would add up to nothing.
     own = np.arange(_MIXED)[:, None] == np.arange(features) % _MIXED
     each = (sums * own.astype(flat.dtype)).sum(0)
     groups = math.prod(shape)

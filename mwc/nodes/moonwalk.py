@@ -12,7 +12,8 @@ the stage before the run reads no state (the first layer), it is the run's `lead
 V starts with its gradients and runs it again, and no state is kept at all. A trip of
 the guard turns the gradients of its stage and of all later ones into NaN, those that it
 can by way of their state (`passes.nans`): those before it came of cotangents that
-passed, and the cotangent of the run's input is sweep R's and always right. Sweep V stops at the last stage that has a wanted gradient.
+passed, and the cotangent of the run's input is sweep R's and always right. Sweep V
+stops at the last stage that has a wanted gradient.
 
 Source: DESIGN sections 2, 5 and 7 (where barriers must stand). Limits: no cotangent of
 the run may enter or leave between its ends.
