@@ -12,10 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.harmed import BATCH, WIDTH, damaged, exact, odd, programs, samples
-from tests.submersive import (
-    KINKS,
-    mean_square,
-)
+from tests.submersive import KINKS, mean_square
 
 pytestmark = pytest.mark.usefixtures("quick")
 

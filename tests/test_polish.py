@@ -10,14 +10,7 @@ import pytest
 
 from mwc.nodes.claims import Claim, Layout, batches, together
 from mwc.nodes.looks import Looks
-from mwc.nodes.polish import (
-    gap_of,
-    polished,
-    refined,
-    signs_of,
-    through,
-    times_of,
-)
+from mwc.nodes.polish import gap_of, polished, refined, signs_of, through, times_of
 from tests.submersive import isometry
 
 pytestmark = pytest.mark.usefixtures("quick")
