@@ -16,6 +16,7 @@ signed sum, feature j has row j mod 8 of one matrix of signs in place of E[b mod
 Source: DESIGN section 5. Limits: an error that the signs cancel is missed with the
 probability that all sums cancel at once; features of one row are not told apart, so an
 error in some whose cotangents are tiny beside the others' counts as little as they do.
+What is off alike in all features is seen in 8 sums by the product, in 16 by buckets.
 """
 
 from __future__ import annotations
