@@ -34,6 +34,7 @@ from passes.inline import inline
 from passes.linearise import is_inexact
 from passes.vijps import marked
 
+_Decided = tuple[_planner.Decision, tuple[tuple[Var, ...], ...]]
 _STEPS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)  # extra forward passes that bodies may take
 
 
@@ -113,29 +114,21 @@ class Assembly:
 
     def _decided(
         self, stages: Sequence[Stage], extra: float, allowed: Collection[str]
-    ) -> tuple[_planner.Decision, tuple[tuple[Var, ...], ...]]:
+    ) -> _Decided:
         """Runs rebuilt or not, whichever needs less memory within the time."""
-        tolerance = self._options.tolerance
         why: dict[Stage, str] = {}
         rebuilt = None
         if "moonwalk" in allowed:
             judged = [self._judged(i, stage) for i, stage in enumerate(stages)]
             pairs = zip(stages, judged, strict=True)
             why = {s: f"not rebuilt: {j}" for s, j in pairs if isinstance(j, str)}
-            ends = {*filter(is_var, self.graph.outvars), *self._pinned}
-            spans = runs(judged, self._crossing, ends, tolerance)
-            if spans:
-                run, alive = merged(
-                    stages, judged, self._crossing, ends, spans, tolerance
-                )
-                found = _planner.schedule(run, alive, extra, allowed)
-                rebuilt = dataclasses.replace(found, why=why), tuple(alive)
-                forced = not {"checkpoint", "stored"} & {*allowed}
-                within = found.again <= extra + _planner.SLACK
-                if forced or (within and "checkpoint" not in allowed):
-                    return rebuilt
+            rebuilt = self._with_runs(stages, judged, extra, allowed, why)
+        within = rebuilt and rebuilt[0].again <= extra + _planner.SLACK
+        forced = not {"checkpoint", "stored"} & {*allowed}
+        if rebuilt and (forced or (within and "checkpoint" not in allowed)):
+            return rebuilt
         plain = _planner.schedule(stages, self._crossing, extra, allowed)
-        if rebuilt and rebuilt[0].again <= extra + _planner.SLACK:
+        if rebuilt and within:
             if rebuilt[0].peak <= plain.peak:
                 return rebuilt
             why = {
@@ -144,6 +137,40 @@ class Assembly:
         elif rebuilt:
             why = {s: why.get(s, "rebuilding it would take more time") for s in stages}
         return dataclasses.replace(plain, why=why), self._crossing
+
+    def _with_runs(
+        self,
+        stages: Sequence[Stage],
+        judged: Sequence[Rebuilt | str],
+        extra: float,
+        allowed: Collection[str],
+        why: Mapping[Stage, str],
+    ) -> _Decided | None:
+        """The chain with its runs rebuilt, if there is one.
+
+        When sweep R begins, the state and the cotangent of the very last stage are
+        still at hand: stored, it has its gradients there and then, and neither is made
+        again in sweep V. Where that needs no more memory, it is.
+        """
+        tolerance = self._options.tolerance
+        ends = {*filter(is_var, self.graph.outvars), *self._pinned}
+        spans = runs(judged, self._crossing, ends, tolerance)
+        if not spans:
+            return None
+
+        def decided(
+            spans: Sequence[tuple[int, int]], why: Mapping[Stage, str]
+        ) -> _Decided:
+            run, alive = merged(stages, judged, self._crossing, ends, spans, tolerance)
+            found = _planner.schedule(run, alive, extra, allowed)
+            return dataclasses.replace(found, why=why), tuple(alive)
+
+        tries = [decided(spans, why)]
+        *others, (start, stop) = spans
+        if "stored" in allowed and stop - start > 2:
+            last = {stages[stop - 1]: "not rebuilt: state and cotangent are at hand"}
+            tries.append(decided([*others, (start, stop - 1)], {**why, **last}))
+        return min(tries, key=lambda found: _planner.rank(found[0], extra))
 
     def _judged(self, i: int, stage: Stage) -> Rebuilt | str:
         """A stage as one of a run, or why it is not; a loop is none."""

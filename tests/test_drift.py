@@ -47,7 +47,8 @@ def test_gradients_before_a_trip_are_right():
     first = spoiled.index(True)
     # A stage may begin with the bias of the layer before; the last layer is none.
     assert first in (5, 6)
-    assert all(spoiled[first:-2])
+    assert all(spoiled[first:-3])
+    assert not any(spoiled[-3:])
     for one, two in zip(mine[:first], true[:first], strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
 
@@ -71,7 +72,7 @@ def test_gradients_that_do_not_read_a_state_are_nan_after_a_trip():
     _, grads, drift = ours.value_and_grad(params, batch, with_drift=True)
     assert drift.tripped
     assert not np.isnan(grads[0][0]).any()
-    for grad in grads[3:-1]:
+    for grad in grads[3:-2]:
         assert all(np.isnan(g).all() for g in grad)
 
 
@@ -140,7 +141,7 @@ def test_other_values_are_errors(wrong):
 
 
 def test_tolerance_moves_the_limit():
-    params, batch = harmed(0.02)
+    params, batch = harmed(0.05)
     for tolerance, trips in [(1e-5, True), (1e-1, False)]:
         ours = moonwalk_compile(chain(), strategies=FORCED, tolerance=tolerance)
         drift = ours.value_and_grad(params, batch, with_drift=True)[2]

@@ -177,7 +177,7 @@ def test_a_claim_is_of_the_map_not_of_the_weight(name):
             h = BESIDE[name](jnp.abs(h), w)
         return jnp.mean(h**2)
 
-    assert check(loss, *arguments(), also=()) == DEPTH
+    assert check(loss, *arguments(), also=()) == DEPTH - 1
 
 
 def test_a_claim_about_some_columns_of_a_weight():
@@ -189,7 +189,7 @@ def test_a_claim_about_some_columns_of_a_weight():
 
     weights, h = arguments()
     weights[-1] = weights[-1].at[:, 3:].multiply(2)
-    assert check(loss, weights, h) == DEPTH
+    assert check(loss, weights, h) == DEPTH - 1
 
 
 def test_false_claims_that_cancel():
@@ -210,7 +210,7 @@ def test_false_claims_that_cancel():
         return jnp.mean((h - 1) ** 2)
 
     params = weights, biases, jnp.full(WIDTH, 2.0)
-    assert check(lambda params, h: loss(params, h, False), params, h) == DEPTH
+    assert check(lambda params, h: loss(params, h, False), params, h) == DEPTH - 1
     assert check(lambda params, h: loss(params, h, True), params, h) == 0
 
 
@@ -259,7 +259,7 @@ def test_a_loop_inside_a_declared_map():
 
 @pytest.mark.parametrize(
     ("preset", "found"),
-    [("F32_F32_F32", DEPTH), ("BF16_BF16_F32_X3", DEPTH), ("BF16_BF16_F32", 0)],
+    [("F32_F32_F32", DEPTH - 1), ("BF16_BF16_F32_X3", DEPTH - 1), ("BF16_BF16_F32", 0)],
 )
 def test_products_by_a_narrower_algorithm_are_not_rebuilt(preset, found):
     """Their types are float32 throughout."""
@@ -381,7 +381,7 @@ def test_a_member_whose_loss_counts_little(weight):
 
     ours = moonwalk_compile(loss, strategies=FORCED)
     weights = list(map(np.float32, made))
-    assert sum(s.strategy == "moonwalk" for s in ours.plan(weights, x).stages) == 5
+    assert sum(s.strategy == "moonwalk" for s in ours.plan(weights, x).stages) == 4
     found = jax.jit(jax.grad(ours))(weights, x)
-    assert np.isnan(found[-1]).all()
+    assert np.isnan(found[-2]).all()
     np.testing.assert_allclose(found[0], jax.grad(loss)(weights, x)[0], rtol=1e-4)
