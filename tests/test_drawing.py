@@ -82,7 +82,7 @@ def test_a_skip_is_an_edge_that_passes_over_stages():
 def test_sweeps():
     graph = plan_of("moonwalk").to_networkx()
     sweeps = [graph.nodes[n]["sweeps"] for n in stages_of(graph)]
-    assert sweeps == [("forward", "R", "V")] * 12 + [("forward", "R")]
+    assert sweeps == [("forward", "R", "V")] * 11 + [("forward", "R")] * 2
 
 
 def test_bodies_are_nodes_inside_their_stage():
@@ -203,13 +203,13 @@ def test_svg_says_what_is_kept():
     together = "\n".join(lines)
     rebuilt = [s for s in plan.stages if s.storage == "bits"]
     kept = size(sum(s.residual_bytes for s in rebuilt))
-    assert f"▚ bits ×11 · {kept}" in together
+    assert f"▚ bits ×10 · {kept}" in together
     assert "float32[512,32]" in together
     assert "V  sweep forward" in together
     assert f"kept between the passes {size(plan.residual_bytes)}" in together
     assert size(plan.backprop_bytes) in together
     assert f"predicted peak {size(plan.peak_bytes)}" in together
-    assert "params[0…11][0] ×12" in together
+    assert "params[0…10][0] ×11" in together
     assert "backpropagation" not in lines
     ids = {element.get("id") for element in ET.fromstring(plan._repr_svg_()).iter()}
     assert {"stage-0-F", "stage-0-R", "stage-0-V", "stage-0-parameters"} <= ids
@@ -265,7 +265,7 @@ def test_dot_is_used_where_it_is(tmp_path, monkeypatch):
 def test_native_dot(tmp_path):
     for suffix in ("svg", "png", "pdf"):
         plan_of("transformer").draw(tmp_path / f"saved.{suffix}")
-    assert "▚ bits ×11" in "\n".join(texts(plan_of("moonwalk")._repr_svg_()))
+    assert "▚ bits ×10" in "\n".join(texts(plan_of("moonwalk")._repr_svg_()))
 
 
 @pytest.mark.parametrize("name", ["saved", "saved.jpg", "saved.svg.gz"])

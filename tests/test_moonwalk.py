@@ -106,6 +106,25 @@ def test_the_peak_of_a_forced_plan_is_that_of_the_same_plan_chosen():
     assert forced.peak_bytes == pytest.approx(chosen.peak_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("head", [0, 8])
+def test_the_last_layer_is_stored_where_the_peak_allows(x64, head):
+    """Its cotangent is there first; after it a head that is stored has the peak."""
+    ws, batch = [isometry(6, 6) for _ in range(6)], numbers(1, 4, 6)
+    heads = [numbers(i, 6, 6) for i in range(head)]
+
+    def loss(params, x):
+        ws, heads = params
+        for w in ws:
+            x = jnp.abs(layer(x, w))
+        for w in heads:
+            x = jnp.tanh(x @ w)
+        return jnp.mean((x - 1) ** 2)
+
+    plan = compare(loss, (ws, heads), batch)
+    last = "moonwalk" if head else "stored"
+    assert [s.strategy for s in plan.stages[:6]] == ["moonwalk"] * 5 + [last]
+
+
 @pytest.mark.parametrize("strategies", [None, FORCED, ("checkpoint", "stored")])
 def test_the_peak_of_a_loop_is_what_is_compiled(strategies):
     """With its stage's own bytes, and with the steps on the way to a leaf."""

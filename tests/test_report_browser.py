@@ -65,7 +65,7 @@ def test_a_repeated_block_opens_and_closes_by_keyboard_alone(browser, files):
         if focused(browser).startswith("blocks-"):
             break
     assert focused(browser) == "blocks-stage-0-F"
-    assert "bits ×11" in panel(browser)
+    assert "bits ×10" in panel(browser)
     browser.key("Enter")
     assert shown(browser) == "stages"
     assert focused(browser) == "stages-stage-0-F"
@@ -85,7 +85,7 @@ def test_a_repeated_block_opens_and_closes_by_keyboard_alone(browser, files):
     assert shown(browser) == "blocks"
     assert focused(browser) == "blocks-stage-0-F"
     browser.key("ArrowRight")
-    assert focused(browser) == "blocks-stage-12-F"
+    assert focused(browser) == "blocks-stage-11-F"
 
 
 def test_one_stop_of_the_tab_key_for_each_drawing(browser, files):
