@@ -183,13 +183,15 @@ def test_a_claim_is_of_the_map_not_of_the_weight(name):
 def test_a_claim_about_some_columns_of_a_weight():
     first = mwc.coisometric(lambda h, w: (h @ w)[:, :3])
 
-    def loss(weights, h):
+    def loss(params, h):
+        weights, last = params
         h = first(body(weights[:-1], h), weights[-1])
-        return jnp.mean(jnp.abs(h) ** 3)
+        return jnp.mean(jnp.abs(rotate(jnp.abs(h), last)) ** 3)
 
     weights, h = arguments()
     weights[-1] = weights[-1].at[:, 3:].multiply(2)
-    assert check(loss, weights, h) == DEPTH - 1
+    # The last layer is stored.
+    assert check(loss, (weights, isometry(3, 3)), h) == DEPTH
 
 
 def test_false_claims_that_cancel():
